@@ -1,0 +1,97 @@
+// Cosine content addressing: c_i = k.M_i / (A B_i), A = sqrt(|k|^2 + eps^2), B_i = sqrt(|M_i|^2 + eps^2), and
+// wc = softmax(beta c).
+#pragma once
+
+#include "core/softmax.h"
+
+namespace ntm {
+
+// A, the key's norm
+template <class Team, class T = typename Team::Real>
+NTM_FN T key_norm(const Team& team, Size M, T eps, const T* key /*[M]*/) {
+    typename Team::V squares{};
+    team.tiles(M, [&](auto tile) NTM_INLINE {
+        const auto k = tile.load(key);
+        squares += k * k;
+    });
+    return Team::Math::sqrt(team.sum(squares) + eps * eps);
+}
+
+// Stores the cosines and 1/B_i. For a head that also reads, grad_reads is dr, and grad_weights grows by M_i.dr: both
+// need the whole memory, which comes from cache once.
+template <class Team, class T = typename Team::Real>
+NTM_FN void cosine(const Team& team, Size N, Size M, T eps, T key_norm, const T* memory /*[M, N]*/,
+                   const T* key /*[M]*/, T* cosine /*[N]*/, T* inverse_norm /*[N]*/,
+                   const T* grad_reads = nullptr /*[M] or null*/, T* grad_weights = nullptr /*[N], added*/) {
+    using V = typename Team::V;
+    const T inverse_key_norm = 1 / key_norm;
+    auto pass = [&](auto reads) NTM_INLINE {
+        team.tiles(N, [&](auto tile) NTM_INLINE {
+            V product{}, squares{}, read{};
+            for (Size m = 0; m < M; ++m) {
+                const V x = tile.load(memory + m * N);
+                product += key[m] * x;
+                squares += x * x;
+                if constexpr (reads) read += grad_reads[m] * x;
+            }
+            const V inverse = 1 / Team::Math::sqrt(squares + eps * eps);
+            tile.store(inverse_norm, inverse);
+            tile.store(cosine, product * inverse * inverse_key_norm);
+            if constexpr (reads) tile.store(grad_weights, tile.load(grad_weights) + read);
+        });
+    };
+    if (grad_reads)
+        pass(std::true_type{});
+    else
+        pass(std::false_type{});
+}
+
+// From dwc to dk, dbeta and dM. dwc is overwritten with dc/(A B), cosine with dc c / B^2. grad_memory becomes
+// grad_after, which may be itself, plus what comes from here; for a head that also reads, with dr and its weights w,
+// that is w_i dr too.
+template <class Team, class T = typename Team::Real>
+NTM_FN void content_backward(const Team& team, Size N, Size M, T key_norm, const T* memory /*[M, N]*/,
+                             const T* key /*[M]*/, T beta, const T* content /*[N]*/, T* cosine /*[N]*/,
+                             const T* inverse_norm /*[N]*/, T* grad_content /*[N]*/, const T* grad_after /*[M, N]*/,
+                             T* grad_memory /*[M, N]*/, T* grad_key /*[M]*/, T* grad_beta /*[1]*/,
+                             const T* grad_reads = nullptr /*[M] or null*/, const T* weights = nullptr /*[N]*/) {
+    using V = typename Team::V;
+    const T inverse_key_norm = 1 / key_norm;
+    const T mean = dot(team, N, content, grad_content);
+    V along_beta{};
+    team.tiles(N, [&](auto tile) NTM_INLINE {
+        const V c = tile.load(cosine), inverse = tile.load(inverse_norm);
+        const V dz = tile.load(content) * (tile.load(grad_content) - mean);
+        along_beta += tile.only(dz * c, T(0));
+        const V dc = beta * dz;
+        tile.store(grad_content, dc * inverse * inverse_key_norm);
+        tile.store(cosine, dc * c * inverse * inverse);
+    });
+    const T sum_dz_c = team.sum(along_beta);
+    const T pull = beta * sum_dz_c * inverse_key_norm * inverse_key_norm;  // sum_i dc_i c_i / A^2
+    auto pass = [&](auto reads) NTM_INLINE {
+        team.template rows<1>(
+            M, N,
+            [&](auto block, auto tile, auto& sums) NTM_INLINE {
+                const V p = tile.load(grad_content), q = tile.load(cosine);
+                V w{};
+                if constexpr (reads) w = tile.load(weights);
+                unroll<block.count>([&](auto k) NTM_INLINE {
+                    const Size m = block.first + k;
+                    const V x = tile.load(memory + m * N);
+                    V dM = tile.load(grad_after + m * N) + p * key[m] - q * x;
+                    if constexpr (reads) dM += w * grad_reads[m];
+                    tile.store(grad_memory + m * N, dM);
+                    sums[k][0] += p * x;
+                });
+            },
+            [&](Size m, const T* sum) NTM_INLINE { grad_key[m] = sum[0] - pull * key[m]; });
+    };
+    if (grad_reads)
+        pass(std::true_type{});
+    else
+        pass(std::false_type{});
+    team.one([&]() NTM_INLINE { *grad_beta = sum_dz_c; });
+}
+
+}  // namespace ntm

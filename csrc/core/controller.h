@@ -1,0 +1,77 @@
+// The elementwise part of the controllers, as nn.LSTM and nn.GRU define them.
+#pragma once
+
+#include "core/scalar.h"
+
+namespace ntm {
+
+// c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c')
+template <class Team, class T = typename Team::Real>
+NTM_FN void lstm_gates(const Team& team, Size H, const T* gates /*[4H]: i, f, g, o*/, const T* cell /*[H]*/,
+                       T* hidden /*[H]*/, T* new_cell /*[H]*/) {
+    using Math = typename Team::Math;
+    team.tiles(H, [&](auto tile) NTM_INLINE {
+        const auto i = sigmoid<Math>(tile.load(gates)), f = sigmoid<Math>(tile.load(gates + H));
+        const auto g = Math::tanh(tile.load(gates + 2 * H)), o = sigmoid<Math>(tile.load(gates + 3 * H));
+        const auto c = f * tile.load(cell) + i * g;
+        tile.store(new_cell, c);
+        tile.store(hidden, o * Math::tanh(c));
+    });
+}
+
+template <class Team, class T = typename Team::Real>
+NTM_FN void lstm_gates_backward(const Team& team, Size H, const T* gates, const T* cell, const T* new_cell,
+                                const T* grad_hidden, const T* grad_new_cell, T* grad_gates /*[4H]*/,
+                                T* grad_cell /*[H]*/) {
+    using Math = typename Team::Math;
+    team.tiles(H, [&](auto tile) NTM_INLINE {
+        const auto i = sigmoid<Math>(tile.load(gates)), f = sigmoid<Math>(tile.load(gates + H));
+        const auto g = Math::tanh(tile.load(gates + 2 * H)), o = sigmoid<Math>(tile.load(gates + 3 * H));
+        const auto c = Math::tanh(tile.load(new_cell)), dh = tile.load(grad_hidden);
+        const auto dc = tile.load(grad_new_cell) + dh * o * (1 - c * c);
+        tile.store(grad_gates, dc * g * i * (1 - i));
+        tile.store(grad_gates + H, dc * tile.load(cell) * f * (1 - f));
+        tile.store(grad_gates + 2 * H, dc * i * (1 - g * g));
+        tile.store(grad_gates + 3 * H, dh * c * o * (1 - o));
+        tile.store(grad_cell, dc * f);
+    });
+}
+
+// n = tanh(i_n + r h_n),  h' = (1 - z) n + z h, with x = W_i x + b_i and y = W_h h + b_h
+template <class Team, class T = typename Team::Real>
+NTM_FN void gru_gates(const Team& team, Size H, const T* x /*[3H]: r, z, n*/, const T* y /*[3H]*/,
+                      const T* hidden /*[H]*/, T* new_hidden /*[H]*/) {
+    using Math = typename Team::Math;
+    team.tiles(H, [&](auto tile) NTM_INLINE {
+        const auto r = sigmoid<Math>(tile.load(x) + tile.load(y));
+        const auto z = sigmoid<Math>(tile.load(x + H) + tile.load(y + H));
+        const auto n = Math::tanh(tile.load(x + 2 * H) + r * tile.load(y + 2 * H));
+        tile.store(new_hidden, (1 - z) * n + z * tile.load(hidden));
+    });
+}
+
+template <class Team, class T = typename Team::Real>
+NTM_FN void gru_gates_backward(const Team& team, Size H, const T* x, const T* y, const T* hidden,
+                               const T* grad_new_hidden, T* grad_x /*[3H]*/, T* grad_y /*[3H]*/,
+                               T* grad_hidden /*[H]*/) {
+    using Math = typename Team::Math;
+    team.tiles(H, [&](auto tile) NTM_INLINE {
+        const auto r = sigmoid<Math>(tile.load(x) + tile.load(y));
+        const auto z = sigmoid<Math>(tile.load(x + H) + tile.load(y + H));
+        const auto y_n = tile.load(y + 2 * H);
+        const auto n = Math::tanh(tile.load(x + 2 * H) + r * y_n);
+        const auto dh = tile.load(grad_new_hidden);
+        const auto dn = dh * (1 - z) * (1 - n * n);
+        const auto dr = dn * y_n * r * (1 - r);
+        const auto dz = dh * (tile.load(hidden) - n) * z * (1 - z);
+        tile.store(grad_x, dr);
+        tile.store(grad_y, dr);
+        tile.store(grad_x + H, dz);
+        tile.store(grad_y + H, dz);
+        tile.store(grad_x + 2 * H, dn);
+        tile.store(grad_y + 2 * H, dn * r);
+        tile.store(grad_hidden, dh * z);
+    });
+}
+
+}  // namespace ntm

@@ -1,0 +1,175 @@
+// A head: its raw parameters activated, and its whole addressing composed from the stages.
+#pragma once
+
+#include "core/content.h"
+#include "core/sharpen.h"
+#include "core/shift.h"
+
+namespace ntm {
+
+// A head's activated parameters.
+template <class T>
+struct Head {
+    const T* key;    // [M]
+    const T* shift;  // [K]
+    T beta, gate, gamma;
+};
+
+// What addressing leaves behind on its way, per head.
+template <class T>
+struct Addressing {
+    T* cosine;        // [N]
+    T* inverse_norm;  // [N]  1 / B_i
+    T* content;       // [N]
+    T* gated;         // ring
+    T* shifted;       // [N]
+
+    static constexpr Size scratch(Size N, Size K) { return 4 * (N + 16) + ring_size(N, K) + 16; }
+    NTM_FN Addressing(Arena<T>& arena, Size N, Size K)
+        : cosine(arena.take(N)),
+          inverse_norm(arena.take(N)),
+          content(arena.take(N)),
+          gated(arena.take(ring_size(N, K)) + K / 2),
+          shifted(arena.take(N)) {}
+};
+
+// Everything before sharpening. Returns the key's norm. grad_reads and grad_weights as in cosine().
+template <class Team, class T = typename Team::Real>
+NTM_FN T focus(const Team& team, Size N, Size M, Size K, T eps, const T* memory /*[M, N]*/, const T* previous /*[N]*/,
+               const Head<T>& head, const Addressing<T>& at, const T* grad_reads = nullptr,
+               T* grad_weights = nullptr) {
+    const T norm = key_norm(team, M, eps, head.key);
+    cosine(team, N, M, eps, norm, memory, head.key, at.cosine, at.inverse_norm, grad_reads, grad_weights);
+    softmax(team, N, head.beta, at.cosine, at.content);
+    interpolate(team, N, at.content, previous, head.gate, at.gated);
+    close_ring(team, N, K, at.gated);
+    circular_shift(team, N, K, at.gated, head.shift, at.shifted);
+    return norm;
+}
+
+template <class Team, class T = typename Team::Real>
+NTM_FN void address(const Team& team, Size N, Size M, Size K, T eps, const T* memory, const T* previous,
+                    const Head<T>& head, const Addressing<T>& at, T* weights /*[N]*/) {
+    focus(team, N, M, K, eps, memory, previous, head, at);
+    sharpen(team, N, at.shifted, head.gamma, weights);
+}
+
+// Where the gradients of a head's activated parameters go.
+template <class T>
+struct HeadGrads {
+    T* key;    // [M]
+    T* beta;   // [1]
+    T* gate;   // [1]
+    T* shift;  // [K]
+    T* gamma;  // [1]
+};
+
+constexpr Size address_backward_scratch(Size N, Size K) { return ring_size(N, K) + 16; }
+
+// From the weights w and their gradient, which is overwritten. grad_memory becomes grad_after, which may be itself, plus
+// what comes from here. For a head that reads M with these weights, grad_reads is the gradient of what it read.
+template <class Team, class T = typename Team::Real>
+NTM_FN void address_backward(const Team& team, Size N, Size M, Size K, T eps, const T* memory, const T* previous,
+                             const Head<T>& head, const T* weights /*[N]*/, T* grad_weights /*[N], overwritten*/,
+                             const T* grad_reads /*[M] or null*/, const T* grad_after /*[M, N]*/,
+                             T* grad_memory /*[M, N]*/, T* grad_previous /*[N]*/, const HeadGrads<T>& grads,
+                             const Addressing<T>& at, Arena<T> arena /*of address_backward_scratch*/) {
+    T* grad_shifted = arena.take(ring_size(N, K)) + K / 2;
+    const T norm = focus(team, N, M, K, eps, memory, previous, head, at, grad_reads, grad_weights);
+    sharpen_backward(team, N, at.shifted, head.gamma, weights, grad_weights, grad_shifted, grads.gamma);
+    close_ring(team, N, K, grad_shifted);
+    circular_shift_backward(team, N, K, at.gated, head.shift, grad_shifted, grad_weights, grads.shift);
+    interpolate_backward(team, N, at.content, previous, head.gate, grad_weights, grad_weights, grad_previous,
+                         grads.gate);
+    content_backward(team, N, M, norm, memory, head.key, head.beta, at.content, at.cosine, at.inverse_norm,
+                     grad_weights, grad_after, grad_memory, grads.key, grads.beta, grad_reads, weights);
+}
+
+// k = tanh(k^) or k^: vectors of M
+template <class Team, class T = typename Team::Real>
+NTM_FN void activate_vector(const Team& team, Size M, T clip, bool tanh, const T* raw, T* out) {
+    using Math = typename Team::Math;
+    team.tiles(M, [&](auto tile) NTM_INLINE {
+        const auto x = clamp<Math>(tile.load(raw), clip);
+        tile.store(out, tanh ? Math::tanh(x) : x);
+    });
+}
+
+// grad comes in for the activated vector and goes out for the raw one.
+template <class Team, class T = typename Team::Real>
+NTM_FN void activate_vector_backward(const Team& team, Size M, T clip, bool tanh, const T* raw, const T* activated,
+                                     T* grad) {
+    using Math = typename Team::Math;
+    team.tiles(M, [&](auto tile) NTM_INLINE {
+        const auto y = tile.load(activated), g = tile.load(grad);
+        tile.store(grad, clamp_backward<Math>(tile.load(raw), clip, tanh ? g * (1 - y * y) : g));
+    });
+}
+
+// A head's raw parameters lie in the order k (M), beta, g, s (K), gamma. The K + 3 that follow the key are activated
+// side by side, each in every way, and what is wanted is picked: one vector's work, where numbers one by one are six.
+template <class Team, class T = typename Team::Real>
+NTM_FN Head<T> activate_head(const Team& team, Size M, Size K, T clip, bool key_tanh, const T* raw, T* key /*[M]*/,
+                             T* shift /*[K]*/, Arena<T> arena /*of activate_scratch*/) {
+    using Math = typename Team::Math;
+    T *clamped = arena.take(K + 3), *positive = arena.take(K + 3), *squashed = arena.take(K + 3);
+    activate_vector(team, M, clip, key_tanh, raw, key);
+    team.tiles(K + 3, [&](auto tile) NTM_INLINE {
+        const auto x = clamp<Math>(tile.load(raw + M), clip);
+        tile.store(clamped, x);
+        tile.store(positive, softplus<Math>(x));
+        tile.store(squashed, sigmoid<Math>(x));
+    });
+    team.sync();
+    softmax(team, K, T(1), clamped + 2, shift);
+    return {key, shift, positive[0], squashed[1], 1 + positive[K + 2]};
+}
+
+constexpr Size activate_scratch(Size K) { return 3 * (K + 3 + 16); }
+
+template <class T>
+NTM_FN HeadGrads<T> head_grads(Size M, Size K, T* grad_raw) {
+    return {grad_raw, grad_raw + M, grad_raw + M + 1, grad_raw + M + 2, grad_raw + M + 2 + K};
+}
+
+// grads come in for the activated parameters and go out for the raw ones.
+template <class Team, class T = typename Team::Real>
+NTM_FN void activate_head_backward(const Team& team, Size M, Size K, T clip, bool key_tanh, const T* raw,
+                                   const Head<T>& head, const HeadGrads<T>& grads) {
+    using Math = typename Team::Math;
+    team.sync();
+    activate_vector_backward(team, M, clip, key_tanh, raw, head.key, grads.key);
+    const T mean = dot(team, K, head.shift, grads.shift);
+    team.tiles(K, [&](auto tile) NTM_INLINE {
+        const auto g = tile.load(head.shift) * (tile.load(grads.shift) - mean);
+        tile.store(grads.shift, clamp_backward<Math>(tile.load(raw + M + 2), clip, g));
+    });
+    team.one([&]() NTM_INLINE {
+        const T beta = raw[M], gate = raw[M + 1], gamma = raw[M + 2 + K];
+        *grads.beta = clamp_backward<Math>(beta, clip, *grads.beta * sigmoid<Math>(beta));
+        *grads.gate = clamp_backward<Math>(gate, clip, *grads.gate * head.gate * (1 - head.gate));
+        *grads.gamma = clamp_backward<Math>(gamma, clip, *grads.gamma * sigmoid<Math>(gamma));
+    });
+}
+
+// A write head's raw erase and add vectors lie one after the other, e (M), a (M).
+template <class Team, class T = typename Team::Real>
+NTM_FN void activate_write(const Team& team, Size M, T clip, bool add_tanh, const T* raw, T* erase /*[M]*/,
+                           T* add /*[M]*/) {
+    using Math = typename Team::Math;
+    team.tiles(M, [&](auto tile) NTM_INLINE { tile.store(erase, sigmoid<Math>(clamp<Math>(tile.load(raw), clip))); });
+    activate_vector(team, M, clip, add_tanh, raw + M, add);
+}
+
+template <class Team, class T = typename Team::Real>
+NTM_FN void activate_write_backward(const Team& team, Size M, T clip, bool add_tanh, const T* raw, const T* erase,
+                                    const T* add, T* grad) {
+    using Math = typename Team::Math;
+    team.tiles(M, [&](auto tile) NTM_INLINE {
+        const auto e = tile.load(erase);
+        tile.store(grad, clamp_backward<Math>(tile.load(raw), clip, tile.load(grad) * e * (1 - e)));
+    });
+    activate_vector_backward(team, M, clip, add_tanh, raw + M, add, grad + M);
+}
+
+}  // namespace ntm

@@ -1,0 +1,148 @@
+// One memory step of one batch element: every head addresses, the write heads write, the read heads read.
+#pragma once
+
+#include "core/head.h"
+#include "core/read.h"
+#include "core/write.h"
+
+namespace ntm {
+
+// What a step may vary.
+struct StepOptions {
+    int read_first = 0;  // read heads address and read M_{t-1} instead of M_t
+    int key_tanh = 1;    // key activation: tanh, else identity
+    int add_tanh = 1;    // add activation: tanh, else identity
+    double clip = 20.0;  // raw parameters are clamped to +-clip; infinity switches it off
+    double eps = 1e-8;   // added, squared, to the squared norms of the cosine
+};
+
+// R read and W write heads, N locations, M width, K = 2S+1 shifts.
+struct StepSizes {
+    Size B, R, W, N, M, K;
+
+    // Raw parameters of one head, and of one element: read heads, write heads, then e and a of every write head.
+    constexpr Size head() const { return M + K + 3; }
+    constexpr Size params() const { return (R + W) * head() + 2 * W * M; }
+
+    // Scratch of one element.
+    constexpr Size forward_scratch() const {
+        return (R + W) * (M + K + 32) + 2 * W * (M + 16) + activate_scratch(K) + Addressing<float>::scratch(N, K);
+    }
+    constexpr Size backward_scratch() const {
+        return forward_scratch() + address_backward_scratch(N, K) + (N + 16) + W * (N + 16);
+    }
+};
+
+// Every head's activated parameters, one after the other.
+template <class T>
+struct Activated {
+    T* key;    // [R+W, M]
+    T* shift;  // [R+W, K]
+    T* erase;  // [W, M]
+    T* add;    // [W, M]
+    Arena<T> scratch;
+
+    NTM_FN Activated(Arena<T>& arena, const StepSizes& s)
+        : key(arena.take((s.R + s.W) * s.M)),
+          shift(arena.take((s.R + s.W) * s.K)),
+          erase(arena.take(s.W * s.M)),
+          add(arena.take(s.W * s.M)),
+          scratch{arena.take(activate_scratch(s.K))} {}
+
+    template <class Team>
+    NTM_FN Head<T> head(const Team& team, const StepSizes& s, const StepOptions& o, Size h, const T* params) const {
+        const Head<T> head = activate_head(team, s.M, s.K, T(o.clip), o.key_tanh, params + h * s.head(),
+                                           key + h * s.M, shift + h * s.K, scratch);
+        team.sync();
+        return head;
+    }
+};
+
+template <class Team, class T = typename Team::Real>
+NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions& o,
+                        const T* memory,                                   // [M, N]
+                        const T* read_weights, const T* write_weights,     // [R, N], [W, N]
+                        const T* params,                                   // [P]
+                        T* reads, T* new_memory,                           // [R, M], [M, N]
+                        T* new_read_weights, T* new_write_weights,         // [R, N], [W, N]
+                        T* scratch) {
+    Arena<T> arena{scratch};
+    const Activated<T> active(arena, s);
+    const Addressing<T> at(arena, s.N, s.K);
+    const Size N = s.N, M = s.M;
+    const T eps = T(o.eps);
+    const T* writing = params + (s.R + s.W) * s.head();
+    for (Size h = 0; h < s.W; ++h) {
+        activate_write(team, M, T(o.clip), o.add_tanh, writing + 2 * h * M, active.erase + h * M, active.add + h * M);
+        const Head<T> head = active.head(team, s, o, s.R + h, params);
+        address(team, N, M, s.K, eps, memory, write_weights + h * N, head, at, new_write_weights + h * N);
+    }
+    team.sync();
+    write(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, new_memory);
+    const T* source = o.read_first ? memory : new_memory;
+    for (Size h = 0; h < s.R; ++h) {
+        const Head<T> head = active.head(team, s, o, h, params);
+        address(team, N, M, s.K, eps, source, read_weights + h * N, head, at, new_read_weights + h * N);
+        read(team, N, M, source, new_read_weights + h * N, reads + h * M);
+    }
+}
+
+// Recomputes what lies between the inputs and the outputs, and walks back.
+template <class Team, class T = typename Team::Real>
+NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const StepOptions& o, const T* memory,
+                                 const T* read_weights, const T* write_weights, const T* params, const T* new_memory,
+                                 const T* new_read_weights, const T* new_write_weights, const T* grad_reads,
+                                 const T* grad_new_memory, const T* grad_new_read_weights,
+                                 const T* grad_new_write_weights, T* grad_memory, T* grad_read_weights,
+                                 T* grad_write_weights, T* grad_params, T* scratch) {
+    Arena<T> arena{scratch};
+    const Activated<T> active(arena, s);
+    const Addressing<T> at(arena, s.N, s.K);
+    T* grad_focus = arena.take(s.N);
+    T* grad_written = arena.take(s.W * s.N);
+    const Size N = s.N, M = s.M;
+    const T clip = T(o.clip), eps = T(o.eps);
+    const Size first_write = (s.R + s.W) * s.head();
+
+    // dM, the gradient of M_t on its way back to M_{t-1}, is held in grad_memory from the first pass over it on.
+    const T* dM = grad_new_memory;
+    auto through_head = [&](Size h, const T* source, const T* previous, const T* weights, T* grad_weights,
+                            const T* grad_read, T* grad_previous) NTM_INLINE {
+        const Head<T> head = active.head(team, s, o, h, params);
+        const HeadGrads<T> grads = head_grads(M, s.K, grad_params + h * s.head());
+        address_backward(team, N, M, s.K, eps, source, previous, head, weights, grad_weights, grad_read, dM,
+                         grad_memory, grad_previous, grads, at, arena);
+        dM = grad_memory;
+        activate_head_backward(team, M, s.K, clip, o.key_tanh, params + h * s.head(), head, grads);
+    };
+    auto through_reads = [&](const T* source) {
+        for (Size h = 0; h < s.R; ++h) {
+            team.tiles(N, [&](auto tile) NTM_INLINE { tile.store(grad_focus, tile.load(grad_new_read_weights + h * N)); });
+            through_head(h, source, read_weights + h * N, new_read_weights + h * N, grad_focus, grad_reads + h * M,
+                         grad_read_weights + h * N);
+        }
+    };
+
+    if (!o.read_first) through_reads(new_memory);
+    for (Size h = 0; h < s.W; ++h) {
+        const Size at_write = first_write + 2 * h * M;
+        activate_write(team, M, clip, o.add_tanh, params + at_write, active.erase + h * M, active.add + h * M);
+    }
+    team.tiles(s.W * N, [&](auto tile) NTM_INLINE { tile.store(grad_written, tile.load(grad_new_write_weights)); });
+    team.sync();
+    T* grad_erase = grad_params + first_write;  // e and a of a head lie one after the other: a stride of 2M
+    write_backward(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, dM, grad_memory,
+                   grad_written, grad_erase, grad_erase + M, 2 * M);
+    dM = grad_memory;
+    team.sync();
+    for (Size h = 0; h < s.W; ++h) {
+        const Size at_write = first_write + 2 * h * M;
+        activate_write_backward(team, M, clip, o.add_tanh, params + at_write, active.erase + h * M,
+                                active.add + h * M, grad_params + at_write);
+        through_head(s.R + h, memory, write_weights + h * N, new_write_weights + h * N, grad_written + h * N,
+                     nullptr, grad_write_weights + h * N);
+    }
+    if (o.read_first) through_reads(memory);
+}
+
+}  // namespace ntm

@@ -1,0 +1,66 @@
+// What the mathematics asks of a group of threads that works on one batch element.
+//
+// Everything in core/ is written once, for any Team: one CPU thread whose tiles are SIMD vectors, or a CUDA warp or
+// block. A Team provides:
+//
+//   Real, V              float or double; W of them, with elementwise arithmetic and comparison
+//   Math                 select(mask, a, b), exp, log, log1p, tanh, sqrt of V and of Real; tiny, the smallest normal
+//                        number, and infinity
+//   tiles(n, f)          calls f(tile) for every tile of W contiguous elements of 0..n, shared out over the threads;
+//                        tile.load(p) and tile.store(p, v) move p[tile.begin ...], tile.only(v, fill) replaces the
+//                        lanes past n
+//   rows<S>(m, n, f, done)
+//                        S sums over n for every row of 0..m: calls f(block, tile, sums) for blocks of rows and tiles of
+//                        n; for every k of 0..block.count, by unroll, it adds to sums[k][0..S] what the tile contributes
+//                        to row block.first + k, through tile.only where lanes past n might count. Then one thread
+//                        calls done(row, totals) for every row. What a block's rows share is loaded once.
+//   one(f)               one thread calls f()
+//   each(n, f)           calls f(i) for every i of 0..n, shared out over the threads
+//   sum(v), max(v)       over all lanes and threads; every thread gets the result
+//   sync()               what the threads stored before is seen by all of them after
+//
+// tiles() hands the same elements to the same thread every time, so that only what crosses tiles needs a sync().
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+// On every function here, and on every lambda that runs in a loop over tiles: one that is left as a call would keep its
+// caller's sums in memory.
+#ifdef __CUDACC__
+#define NTM_FN __device__ __forceinline__
+#define NTM_INLINE
+#else
+#define NTM_FN inline __attribute__((always_inline))
+#define NTM_INLINE __attribute__((always_inline))
+#endif
+
+namespace ntm {
+
+using Size = std::int64_t;
+
+// Calls f(0), f(1), ... f(Count - 1) with constants, so that what f indexes with them can stay in registers: compilers
+// decide what may before they unroll loops.
+template <int... I, class F>
+NTM_FN void unroll(std::integer_sequence<int, I...>, F&& f) {
+    (f(std::integral_constant<int, I>{}), ...);
+}
+template <int Count, class F>
+NTM_FN void unroll(F&& f) {
+    unroll(std::make_integer_sequence<int, Count>{}, f);
+}
+
+// Hands out pieces of a caller's scratch memory, each aligned to 16 elements.
+template <class T>
+struct Arena {
+    T* next;
+
+    NTM_FN T* take(Size count) {
+        T* piece = next;
+        next += (count + 15) / 16 * 16;
+        return piece;
+    }
+};
+
+}  // namespace ntm

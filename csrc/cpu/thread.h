@@ -1,0 +1,278 @@
+// The CPU's Team: one thread, whose tiles are SIMD vectors as wide as the variant's registers.
+//
+// The elementary functions are branch-free polynomials, because calls to libm decide the speed otherwise: a softmax
+// of 128 locations takes ten times longer with them. Coefficients are least-maximum fits of our own; tests check
+// them against double over the whole range. Compensated sums rely on being compiled without -fassociative-math.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "core/team.h"
+
+namespace ntm::cpu {
+
+#if defined(__AVX512F__)
+constexpr int register_bytes = 64;
+#elif defined(__AVX__)
+constexpr int register_bytes = 32;
+#else
+constexpr int register_bytes = 16;
+#endif
+
+template <class T, int W>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(W * sizeof(T))));
+};
+template <class T, int W>
+using Vector = typename VectorOf<T, W>::type;
+
+template <class T>
+constexpr int lanes = register_bytes / sizeof(T);
+
+template <class T, class F>
+inline Vector<T, lanes<T>> map(Vector<T, lanes<T>> x, F f) {
+    for (int i = 0; i < lanes<T>; ++i) x[i] = f(x[i]);
+    return x;
+}
+
+template <class T>
+struct Math;
+
+template <>
+struct Math<float> {
+    using V = Vector<float, lanes<float>>;
+    using I = Vector<std::int32_t, lanes<float>>;
+    static constexpr float tiny = std::numeric_limits<float>::min();
+    static constexpr float infinity = std::numeric_limits<float>::infinity();
+
+    NTM_FN static float select(bool mask, float a, float b) { return mask ? a : b; }
+    NTM_FN static V select(I mask, V a, V b) { return mask ? a : b; }
+
+    NTM_FN static V sqrt(V x) {
+        float lane[lanes<float>];
+        std::memcpy(lane, &x, sizeof x);
+        for (float& value : lane) value = std::sqrt(value);
+        std::memcpy(&x, lane, sizeof x);
+        return x;
+    }
+
+    NTM_FN static V exp(V x) {
+        x = select(x < -104.0f, V{} - 104.0f, x);  // rounds to 0
+        x = select(x > 89.0f, V{} + 89.0f, x);     // overflows to infinity
+        constexpr float rounder = 0x1.8p23f;       // adding it rounds to an integer, held in the low bits
+        const V shifted = x * 0x1.715476p+0f + rounder;
+        const V n = shifted - rounder;
+        const V r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // x - n log 2, in two parts
+        V p = V{} + 0.0013814538f;
+        p = p * r + 0.008368745f;
+        p = p * r + 0.04166839f;
+        p = p * r + 0.16666521f;
+        p = p * r + 0.49999994f;
+        p = p * (r * r) + r + 1.0f;
+        const I exponent = (I)shifted - 0x4b400000;  // the bits of the rounder
+        const I half = exponent >> 1;                // in two steps, so that denormal results are right
+        return p * (V)((half + 127) << 23) * (V)((exponent - half + 127) << 23);
+    }
+
+    // for normal, positive x
+    NTM_FN static V log(V x) {
+        const I offset = (I)x - 0x3f3504f3;  // of sqrt(1/2): leaves a mantissa in [sqrt(1/2), sqrt(2))
+        const I exponent = offset >> 23;
+        const V f = (V)((I)x - (exponent << 23)) - 1.0f;
+        const V n = __builtin_convertvector(exponent, V);
+        V p = V{} - 0.0763443f;
+        p = p * f + 0.1276155f;
+        p = p * f - 0.13160194f;
+        p = p * f + 0.14201762f;
+        p = p * f - 0.16623357f;
+        p = p * f + 0.20001227f;
+        p = p * f - 0.25000823f;
+        p = p * f + 0.3333333f;
+        const V square = f * f;
+        const V low = p * square * f - 0.5f * square + n * 0x1.7f7d1cp-20f;
+        return select(x < infinity, (low + f) + n * 0x1.62e4p-1f, x);  // infinity and NaN stay
+    }
+
+    // for 0 <= u <= 1: log(1 + u) with what the rounding of 1 + u lost given back
+    NTM_FN static V log1p(V u) {
+        const V w = 1.0f + u;
+        return log(w) + (u - (w - 1.0f)) / w;
+    }
+
+    NTM_FN static V tanh(V x) {
+        const V magnitude = select(x < 0.0f, -x, x);
+        const V square = x * x;
+        V p = V{} - 0.005717037f;
+        p = p * square + 0.020650579f;
+        p = p * square - 0.053743497f;
+        p = p * square + 0.13331491f;
+        p = p * square - 0.33333284f;
+        const V large = 1.0f - 2.0f / (exp(2.0f * magnitude) + 1.0f);
+        return select(magnitude < 0.625f, x + x * square * p, select(x < 0.0f, -large, large));
+    }
+
+    NTM_FN static float exp(float x) { return exp(V{} + x)[0]; }
+    NTM_FN static float log(float x) { return log(V{} + x)[0]; }
+    NTM_FN static float log1p(float x) { return log1p(V{} + x)[0]; }
+    NTM_FN static float tanh(float x) { return tanh(V{} + x)[0]; }
+    NTM_FN static float sqrt(float x) { return std::sqrt(x); }
+};
+
+// float64 is there to check gradients with: libm, lane by lane.
+template <>
+struct Math<double> {
+    using V = Vector<double, lanes<double>>;
+    using I = Vector<std::int64_t, lanes<double>>;
+    static constexpr double tiny = std::numeric_limits<double>::min();
+    static constexpr double infinity = std::numeric_limits<double>::infinity();
+
+    static double select(bool mask, double a, double b) { return mask ? a : b; }
+    NTM_FN static V select(I mask, V a, V b) { return mask ? a : b; }
+
+    static double exp(double x) { return std::exp(x); }
+    static double log(double x) { return std::log(x); }
+    static double log1p(double x) { return std::log1p(x); }
+    static double tanh(double x) { return std::tanh(x); }
+    static double sqrt(double x) { return std::sqrt(x); }
+    NTM_FN static V exp(V x) { return map<double>(x, [](double y) { return std::exp(y); }); }
+    NTM_FN static V log(V x) { return map<double>(x, [](double y) { return std::log(y); }); }
+    NTM_FN static V log1p(V x) { return map<double>(x, [](double y) { return std::log1p(y); }); }
+    NTM_FN static V tanh(V x) { return map<double>(x, [](double y) { return std::tanh(y); }); }
+    NTM_FN static V sqrt(V x) { return map<double>(x, [](double y) { return std::sqrt(y); }); }
+};
+
+// Half of v. Copied out through memory instead, it would make the compiler keep the sums themselves in memory.
+template <int Begin, class T, int W, int... I>
+NTM_FN Vector<T, W / 2> half(Vector<T, W> v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, (Begin + I)...);
+}
+
+// v folded to one number by halves: f is a sum or a maximum of vectors and of numbers
+template <class T, int W, class F>
+NTM_FN T fold(Vector<T, W> v, F f) {
+    if constexpr (W == 1) {
+        return v[0];
+    } else if constexpr (W == 2) {
+        return f(v[0], v[1]);
+    } else {
+        constexpr auto lanes = std::make_integer_sequence<int, W / 2>{};
+        return fold<T, W / 2>(f(half<0, T, W>(v, lanes), half<W / 2, T, W>(v, lanes)), f);
+    }
+}
+
+// A whole vector of contiguous elements.
+template <class T>
+struct FullTile {
+    using V = Vector<T, lanes<T>>;
+    Size begin;
+
+    NTM_FN V load(const T* p) const {
+        V v;
+        std::memcpy(&v, p + begin, sizeof v);
+        return v;
+    }
+    NTM_FN void store(T* p, V v) const { std::memcpy(p + begin, &v, sizeof v); }
+    NTM_FN static V only(V v, T) { return v; }
+};
+
+// The last elements of an array whose size is no multiple of the vector's; lanes past the end load as 0.
+template <class T>
+struct TailTile {
+    using V = Vector<T, lanes<T>>;
+    Size begin;
+    int count;
+
+    NTM_FN V load(const T* p) const {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4)
+            return (V)_mm512_maskz_loadu_ps(mask(), p + begin);
+        else
+            return (V)_mm512_maskz_loadu_pd(mask(), p + begin);
+#else
+        V v{};
+        for (int i = 0; i < count; ++i) v[i] = p[begin + i];
+        return v;
+#endif
+    }
+    NTM_FN void store(T* p, V v) const {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4)
+            _mm512_mask_storeu_ps(p + begin, mask(), (__m512)v);
+        else
+            _mm512_mask_storeu_pd(p + begin, mask(), (__m512d)v);
+#else
+        for (int i = 0; i < count; ++i) p[begin + i] = v[i];
+#endif
+    }
+    NTM_FN V only(V v, T fill) const {
+        for (int i = 0; i < lanes<T>; ++i) v[i] = i < count ? v[i] : fill;
+        return v;
+    }
+
+private:
+    unsigned mask() const { return (1u << count) - 1; }
+};
+
+template <int Count>
+struct RowBlock {
+    static constexpr int count = Count;  // reachable through a value: block.count
+    Size first;
+};
+
+template <class T>
+struct Thread {
+    using Real = T;
+    using V = Vector<T, lanes<T>>;
+    using Math = cpu::Math<T>;
+
+    template <class F>
+    NTM_FN void tiles(Size n, F&& f) const {
+        Size i = 0;
+        for (; i + lanes<T> <= n; i += lanes<T>) f(FullTile<T>{i});
+        if (i < n) f(TailTile<T>{i, static_cast<int>(n - i)});
+    }
+
+    template <int S, class F, class G>
+    NTM_FN void rows(Size m, Size n, F&& f, G&& done) const {
+        Size row = 0;
+        for (; row + 2 <= m; row += 2) block<S, 2>(row, n, f, done);
+        for (; row < m; ++row) block<S, 1>(row, n, f, done);
+    }
+
+    template <class F>
+    NTM_FN void each(Size n, F&& f) const {
+        for (Size i = 0; i < n; ++i) f(i);
+    }
+    template <class F>
+    NTM_FN void one(F&& f) const {
+        f();
+    }
+
+    NTM_FN T sum(V v) const {
+        return fold<T, lanes<T>>(v, [](auto a, auto b) NTM_INLINE { return a + b; });
+    }
+    NTM_FN T max(V v) const {
+        return fold<T, lanes<T>>(v, [](auto a, auto b) NTM_INLINE { return a > b ? a : b; });
+    }
+    NTM_FN void sync() const {}
+
+private:
+    template <int S, int Count, class F, class G>
+    NTM_FN void block(Size first, Size n, F&& f, G&& done) const {
+        V sums[Count][S] = {};
+        tiles(n, [&](auto tile) NTM_INLINE { f(RowBlock<Count>{first}, tile, sums); });
+        unroll<Count>([&](auto k) NTM_INLINE {
+            T totals[S];
+            unroll<S>([&](auto i) NTM_INLINE { totals[i] = sum(sums[k][i]); });
+            done(first + k, totals);
+        });
+    }
+};
+
+}  // namespace ntm::cpu

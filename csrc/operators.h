@@ -1,0 +1,151 @@
+// The contract between the binding and the backends: one table of plain functions per backend and dtype.
+//
+// Every function takes sizes, pointers to contiguous arrays (the shape stands behind each), options and a
+// Launch, and returns nullptr or the text of what went wrong. Outputs are fully overwritten. A null entry
+// means that the backend does not serve that operator.
+//
+// B batch, H heads of one kind, R read and W write heads, N locations, M width, K = 2S+1 shifts. For the
+// controller's gates H is the hidden size.
+// A memory is location-minor, [B, M, N]: seen from PyTorch, the transpose of the paper's (B, N, M).
+#pragma once
+
+#include "core/step.h"
+
+namespace ntm {
+
+using Error = const char*;
+
+// How to run: the number of CPU threads, or the CUDA device and stream.
+struct Launch {
+    int threads = 1;
+    int device = 0;
+    void* stream = nullptr;
+};
+
+template <class T>
+struct Operators {
+    Error (*content_addressing)(Size B, Size H, Size N, Size M, double eps,
+                                const T* memory,        // [B, M, N]
+                                const T* key,           // [B, H, M]
+                                const T* beta,          // [B, H]
+                                T* content,             // [B, H, N]
+                                Launch);
+    Error (*content_addressing_backward)(Size B, Size H, Size N, Size M, double eps,
+                                         const T* memory, const T* key, const T* beta,
+                                         const T* content,        // [B, H, N]  the forward's output
+                                         const T* grad_content,   // [B, H, N]
+                                         T* grad_memory,          // [B, M, N]
+                                         T* grad_key,             // [B, H, M]
+                                         T* grad_beta,            // [B, H]
+                                         Launch);
+    Error (*interpolate)(Size B, Size H, Size N,
+                         const T* content,   // [B, H, N]
+                         const T* previous,  // [B, H, N]
+                         const T* gate,      // [B, H]
+                         T* gated,           // [B, H, N]
+                         Launch);
+    Error (*interpolate_backward)(Size B, Size H, Size N,
+                                  const T* content, const T* previous, const T* gate,
+                                  const T* grad_gated,  // [B, H, N]
+                                  T* grad_content, T* grad_previous, T* grad_gate, Launch);
+    Error (*circular_shift)(Size B, Size H, Size N, Size K,
+                            const T* weights,  // [B, H, N]
+                            const T* shift,    // [B, H, K]
+                            T* shifted,        // [B, H, N]
+                            Launch);
+    Error (*circular_shift_backward)(Size B, Size H, Size N, Size K,
+                                     const T* weights, const T* shift,
+                                     const T* grad_shifted,  // [B, H, N]
+                                     T* grad_weights, T* grad_shift, Launch);
+    Error (*sharpen)(Size B, Size H, Size N,
+                     const T* weights,  // [B, H, N]
+                     const T* gamma,    // [B, H]
+                     T* sharpened,      // [B, H, N]
+                     Launch);
+    Error (*sharpen_backward)(Size B, Size H, Size N,
+                              const T* weights, const T* gamma,
+                              const T* sharpened,       // [B, H, N]  the forward's output
+                              const T* grad_sharpened,  // [B, H, N]
+                              T* grad_weights, T* grad_gamma, Launch);
+    Error (*address)(Size B, Size H, Size N, Size M, Size K, double eps,
+                     const T* memory, const T* previous, const T* key, const T* beta, const T* gate,
+                     const T* shift, const T* gamma,
+                     T* weights,  // [B, H, N]
+                     Launch);
+    Error (*address_backward)(Size B, Size H, Size N, Size M, Size K, double eps,
+                              const T* memory, const T* previous, const T* key, const T* beta, const T* gate,
+                              const T* shift, const T* gamma,
+                              const T* weights,       // [B, H, N]  the forward's output
+                              const T* grad_weights,  // [B, H, N]
+                              T* grad_memory, T* grad_previous, T* grad_key, T* grad_beta, T* grad_gate,
+                              T* grad_shift, T* grad_gamma, Launch);
+    Error (*erase_add_write)(Size B, Size H, Size N, Size M,
+                             const T* memory,   // [B, M, N]
+                             const T* weights,  // [B, H, N]
+                             const T* erase,    // [B, H, M]
+                             const T* add,      // [B, H, M]
+                             T* written,        // [B, M, N]
+                             Launch);
+    Error (*erase_add_write_backward)(Size B, Size H, Size N, Size M,
+                                      const T* memory, const T* weights, const T* erase, const T* add,
+                                      const T* grad_written,  // [B, M, N]
+                                      T* grad_memory, T* grad_weights, T* grad_erase, T* grad_add, Launch);
+    Error (*read)(Size B, Size H, Size N, Size M,
+                  const T* memory,   // [B, M, N]
+                  const T* weights,  // [B, H, N]
+                  T* reads,          // [B, H, M]
+                  Launch);
+    Error (*read_backward)(Size B, Size H, Size N, Size M,
+                           const T* memory, const T* weights,
+                           const T* grad_reads,  // [B, H, M]
+                           T* grad_memory, T* grad_weights, Launch);
+    Error (*memory_step)(StepSizes, StepOptions,
+                         const T* memory,         // [B, M, N]  M_{t-1}
+                         const T* read_weights,   // [B, R, N]  of the previous step
+                         const T* write_weights,  // [B, W, N]  of the previous step
+                         const T* params,         // [B, P]
+                         T* reads,                // [B, R, M]
+                         T* new_memory,           // [B, M, N]  M_t
+                         T* new_read_weights,     // [B, R, N]
+                         T* new_write_weights,    // [B, W, N]
+                         Launch);
+    Error (*memory_step_backward)(StepSizes, StepOptions,
+                                  const T* memory, const T* read_weights, const T* write_weights, const T* params,
+                                  const T* new_memory, const T* new_read_weights, const T* new_write_weights,
+                                  const T* grad_reads, const T* grad_new_memory,
+                                  const T* grad_new_read_weights, const T* grad_new_write_weights,
+                                  T* grad_memory, T* grad_read_weights, T* grad_write_weights,
+                                  T* grad_params,  // [B, P]
+                                  Launch);
+    Error (*lstm_gates)(Size B, Size H,
+                        const T* gates,  // [B, 4H]  i, f, g, o, as in nn.LSTM
+                        const T* cell,   // [B, H]
+                        T* hidden,       // [B, H]
+                        T* new_cell,     // [B, H]
+                        Launch);
+    Error (*lstm_gates_backward)(Size B, Size H,
+                                 const T* gates, const T* cell, const T* new_cell,
+                                 const T* grad_hidden, const T* grad_new_cell,
+                                 T* grad_gates, T* grad_cell, Launch);
+    Error (*gru_gates)(Size B, Size H,
+                       const T* input_gates,   // [B, 3H]  r, z, n, as in nn.GRU
+                       const T* hidden_gates,  // [B, 3H]
+                       const T* hidden,        // [B, H]
+                       T* new_hidden,          // [B, H]
+                       Launch);
+    Error (*gru_gates_backward)(Size B, Size H,
+                                const T* input_gates, const T* hidden_gates, const T* hidden,
+                                const T* grad_new_hidden,  // [B, H]
+                                T* grad_input_gates, T* grad_hidden_gates, T* grad_hidden, Launch);
+};
+
+struct Backend {
+    const char* name;  // "baseline", "x86-64-v3", "x86-64-v4", or the CUDA architectures, "80;90;120-virtual"
+    Operators<float> f32;
+    Operators<double> f64;
+};
+
+}  // namespace ntm
+
+// Each backend is a shared object of its own that exports this one symbol.
+extern "C" __attribute__((visibility("default"))) const ntm::Backend* ntm_backend();
