@@ -1,0 +1,376 @@
+"""The Neural Turing Machine as modules: :class:`FastNTM` over sequences, :class:`NTMCell` over single steps."""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops, recurrence, reference
+from .controllers import CONTROLLERS
+from .state import NTMState, NTMTrace
+
+ENGINES = ("auto", "step", "reference")
+MEMORY_INITS = ("constant", "learned", "learned_constant", "random")
+ACTIVATIONS = ("tanh", "identity")
+INITIAL_MEMORY = 1e-6  # Collier & Beel 2018, section 3.2: the "constant" initialisation
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def _count(name: str, value: object, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}, expected an int")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected at least {least}")
+    return value
+
+
+class _NTM(nn.Module):
+    """Parameters, initial state and the loop over time, common to :class:`FastNTM` and :class:`NTMCell`."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        hidden_size: int = 100,
+        *,
+        num_layers: int = 1,
+        controller: str = "lstm",
+        memory_locations: int = 128,
+        memory_width: int = 20,
+        read_heads: int = 1,
+        write_heads: int = 1,
+        shift_range: int = 1,
+        memory_init: str = "constant",
+        read_first: bool = False,
+        key_activation: str = "tanh",
+        add_activation: str = "tanh",
+        clip: float | None = 20.0,
+        engine: str = "auto",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.input_size = _count("input_size", input_size)
+        self.output_size = _count("output_size", output_size)
+        self.hidden_size = _count("hidden_size", hidden_size)
+        self.num_layers = _count("num_layers", num_layers)
+        self.memory_locations = _count("memory_locations", memory_locations)
+        self.memory_width = _count("memory_width", memory_width)
+        self.read_heads = _count("read_heads", read_heads)
+        self.write_heads = _count("write_heads", write_heads)
+        self.shift_range = _count("shift_range", shift_range, least=0)
+        if 2 * shift_range + 1 > memory_locations:
+            raise ValueError(
+                f"shift_range: got {shift_range}, whose {2 * shift_range + 1} shifts do not fit memory_locations = "
+                f"{memory_locations}; expected at most {(memory_locations - 1) // 2}"
+            )
+        if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float))):
+            raise TypeError(f"clip: got {clip!r}, expected a positive number or None")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip: got {clip}, expected a positive number or None")
+        self.memory_init = _choice("memory_init", memory_init, MEMORY_INITS)
+        self.read_first = bool(read_first)
+        self.key_activation = _choice("key_activation", key_activation, ACTIVATIONS)
+        self.add_activation = _choice("add_activation", add_activation, ACTIVATIONS)
+        self.clip = clip
+        self.engine = _choice("engine", engine, ENGINES)
+
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: got {dtype!r}, expected a floating dtype")
+        factory = {"device": device, "dtype": dtype}
+        n, m, r, w = memory_locations, memory_width, read_heads, write_heads
+        make_controller = CONTROLLERS[_choice("controller", controller, tuple(CONTROLLERS))]
+        self.controller_type = controller
+        self.controller = make_controller(input_size + r * m, hidden_size, num_layers, **factory)
+        self.heads = nn.Linear(hidden_size, reference.params_size(r, w, m, shift_range), **factory)
+        self.output = nn.Linear(hidden_size + r * m, output_size, **factory)
+        initial_memory = torch.empty(n, m, **factory)
+        if memory_init.startswith("learned"):
+            self.initial_memory = nn.Parameter(initial_memory)
+        else:
+            self.register_buffer("initial_memory", initial_memory)
+        self.initial_reads = nn.Parameter(torch.empty(r, m, **factory))
+        self.initial_read_weights = nn.Parameter(torch.empty(r, n, **factory))  # logits
+        self.initial_write_weights = nn.Parameter(torch.empty(w, n, **factory))  # logits
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, the initial state's included."""
+        self.controller.reset_parameters()
+        nn.init.xavier_uniform_(self.heads.weight, gain=1.4)
+        nn.init.normal_(self.heads.bias, std=0.01)
+        nn.init.xavier_uniform_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        if self.memory_init in ("constant", "learned_constant"):
+            nn.init.constant_(self.initial_memory, INITIAL_MEMORY)
+        else:
+            bound = 1 / math.sqrt(self.memory_locations + self.memory_width)
+            nn.init.uniform_(self.initial_memory, -bound, bound)
+        nn.init.normal_(self.initial_reads, std=0.01)
+        # Rows of a constant memory are told apart by the first weightings alone, so these must differ by location.
+        nn.init.normal_(self.initial_read_weights)
+        nn.init.normal_(self.initial_write_weights)
+
+    def initial_state(self, batch_size: int) -> NTMState:
+        """The (learned) state before the first step, for ``batch_size`` sequences."""
+        _count("batch_size", batch_size, least=0)
+
+        def batch(tensor: Tensor) -> Tensor:
+            return tensor.unsqueeze(0).expand(batch_size, -1, -1)
+
+        return NTMState(
+            memory=batch(self.initial_memory),
+            read_weights=batch(self.initial_read_weights.softmax(-1)),
+            write_weights=batch(self.initial_write_weights.softmax(-1)),
+            reads=batch(self.initial_reads),
+            controller=self.controller.initial_state(batch_size),
+        )
+
+    def _kernels(self, inputs: Tensor) -> ModuleType:
+        """The functions that this engine calls: :mod:`ops` or :mod:`reference`."""
+        if self.engine == "reference":
+            return reference
+        reason = ops.why_not_native(inputs.device, self.heads.weight.dtype)
+        if reason is None:
+            return ops
+        if self.engine == "step":
+            raise RuntimeError(f"engine='step' cannot serve: {reason}")
+        return reference
+
+    def _check_inputs(self, inputs: Tensor, dimensions: int) -> None:
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"inputs: got {type(inputs).__name__}, expected a Tensor")
+        if inputs.dim() not in (dimensions - 1, dimensions):
+            raise ValueError(
+                f"inputs: got shape {tuple(inputs.shape)}, expected {dimensions} dimensions, or {dimensions - 1} when "
+                "unbatched"
+            )
+        weight = self.heads.weight
+        if inputs.device != weight.device:
+            raise ValueError(f"inputs: got device {inputs.device}, expected the module's {weight.device}")
+        if inputs.dtype != weight.dtype and (weight.is_meta or not torch.is_autocast_enabled(inputs.device.type)):
+            raise TypeError(f"inputs: got dtype {inputs.dtype}, expected the module's {weight.dtype}")
+        if inputs.shape[-1] != self.input_size:
+            raise ValueError(
+                f"inputs: got shape {tuple(inputs.shape)}, expected the last dimension to be input_size = "
+                f"{self.input_size}"
+            )
+
+    def _check_state(self, state: NTMState, batch: tuple[int, ...]) -> None:
+        if not isinstance(state, NTMState):
+            raise TypeError(f"state: got {type(state).__name__}, expected an NTMState")
+        n, m = self.memory_locations, self.memory_width
+        expected = {
+            "memory": (*batch, n, m),
+            "read_weights": (*batch, self.read_heads, n),
+            "write_weights": (*batch, self.write_heads, n),
+            "reads": (*batch, self.read_heads, m),
+        }
+        given = state._asdict()
+        names = self.controller.state_names
+        if not isinstance(state.controller, tuple) or len(state.controller) != len(names):
+            raise ValueError(
+                f"state.controller: expected a tuple of {len(names)} tensors ({', '.join(names) or 'none'}) for a "
+                f"{self.controller_type} controller, got {type(state.controller).__name__} of "
+                f"{len(state.controller) if hasattr(state.controller, '__len__') else '?'}"
+            )
+        for index in range(len(names)):
+            expected[f"controller[{index}]"] = (self.num_layers, *batch, self.hidden_size)
+            given[f"controller[{index}]"] = state.controller[index]
+        weight = self.heads.weight
+        for name, shape in expected.items():
+            tensor = given[name]
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"state.{name}: got {type(tensor).__name__}, expected a Tensor")
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"state.{name}: got shape {tuple(tensor.shape)}, expected {shape}")
+            if tensor.dtype != weight.dtype or tensor.device != weight.device:
+                raise ValueError(
+                    f"state.{name}: got {tensor.dtype} on {tensor.device}, expected the module's {weight.dtype} on "
+                    f"{weight.device}"
+                )
+
+    def _options(self) -> dict:
+        return {
+            "shift_range": self.shift_range,
+            "read_first": self.read_first,
+            "key_activation": self.key_activation,
+            "add_activation": self.add_activation,
+            "clip": self.clip,
+        }
+
+    def _weights(self) -> list[Tensor]:
+        """What the loop over time uses of the parameters, in the order of :func:`recurrence.run`."""
+        return [*self.controller.weights(), self.heads.weight, self.heads.bias]
+
+    def _loop(
+        self, kernels: ModuleType, inputs: Tensor, *tensors: Tensor, records: list | None = None
+    ) -> tuple[Tensor, ...]:
+        """The loop over time in plain PyTorch around ``kernels``: arguments and results as :func:`recurrence.run`."""
+        memory, read_weights, write_weights, reads, *rest = tensors
+        states = len(self.controller.state_names)
+        layers = self.controller.unpack(tuple(rest[:states]))
+        *weights, heads_weight, heads_bias = rest[states:]
+        controller = self.controller.bind(weights, kernels)
+        options = self._options()
+        features = []
+        for x in inputs.unbind(0):
+            hidden, layers = controller(torch.cat([x, reads.flatten(1)], 1), layers)
+            params = F.linear(hidden, heads_weight, heads_bias)
+            reads, memory, read_weights, write_weights = kernels.memory_step(
+                memory, read_weights, write_weights, params, **options
+            )
+            features += (hidden, reads.flatten(1))
+            if records is not None:
+                records.append((read_weights, write_weights, reads, params))
+        # (B, T (hidden + R M)), then time first: one copy instead of one per step
+        stacked = torch.cat(features, 1).view(inputs.shape[1], inputs.shape[0], -1).transpose(0, 1)
+        return stacked, memory, read_weights, write_weights, reads, *self.controller.pack(layers)
+
+    def _run(self, inputs: Tensor, state: NTMState, records: list | None = None) -> tuple[Tensor, NTMState]:
+        """inputs (T, B, I) -> outputs (T, B, O) and the final state. ``records`` collects what a trace shows."""
+        kernels = self._kernels(inputs)
+        tensors = (*state[:4], *state.controller, *self._weights())
+        plain = kernels is reference or records is not None or torch.compiler.is_compiling() or ops.transforming()
+        if plain or torch.is_autocast_enabled(inputs.device.type):
+            features, *final = self._loop(kernels, inputs, *tensors, records=records)
+        else:
+            plan = recurrence.Plan(
+                controller=self.controller_type,
+                layers=self.num_layers,
+                state_tensors=len(state.controller),
+                options=(*self._options().values(), ops.EPS),
+                reference=functools.partial(self._loop, reference),
+            )
+            features, *final = recurrence.run(plan, inputs, tensors)
+        outputs = F.linear(features, self.output.weight, self.output.bias)
+        return outputs, NTMState(*final[:4], tuple(final[4:]))
+
+    def extra_repr(self) -> str:
+        return (
+            f"memory={self.memory_locations}x{self.memory_width}, heads={self.read_heads}r{self.write_heads}w, "
+            f"shift_range={self.shift_range}, memory_init={self.memory_init!r}, engine={self.engine!r}"
+        )
+
+
+def _batched(state: NTMState) -> NTMState:
+    *rest, controller = state
+    return NTMState(*(t.unsqueeze(0) for t in rest), tuple(t.unsqueeze(1) for t in controller))
+
+
+def _unbatched(state: NTMState) -> NTMState:
+    *rest, controller = state
+    return NTMState(*(t.squeeze(0) for t in rest), tuple(t.squeeze(1) for t in controller))
+
+
+class FastNTM(_NTM):
+    """A Neural Turing Machine (Graves et al. 2014) over whole sequences; it behaves like ``nn.LSTM``.
+
+    Args:
+        input_size, output_size: I and O, the features of an input and of an output.
+        hidden_size: units of each controller layer.
+        num_layers: controller layers.
+        controller: ``"lstm"``, ``"gru"`` or ``"feedforward"``.
+        memory_locations, memory_width: N and M.
+        read_heads, write_heads: R and W.
+        shift_range: S; a head can rotate its focus by -S..S locations a step.
+        memory_init: ``"constant"`` (every entry 1e-6), ``"learned"`` (a parameter, drawn at random),
+            ``"learned_constant"`` (a parameter that starts at 1e-6) or ``"random"`` (drawn once, then fixed).
+        read_first: read heads address and read the memory before the write, not after it.
+        key_activation, add_activation: ``"tanh"`` or ``"identity"``.
+        clip: raw head parameters are clamped to +-clip; ``None`` switches it off.
+        batch_first: batched inputs and outputs are (B, T, ...) instead of (T, B, ...). States are not affected.
+        engine: ``"step"`` (one native call per memory step), ``"reference"`` (plain PyTorch) or ``"auto"``, the
+            fastest that can serve. A forced engine that cannot serve raises a ``RuntimeError`` with the reason.
+
+    Shapes: inputs (T, B, I), (B, T, I) with ``batch_first``, or unbatched (T, I). Outputs likewise with O features;
+    they are logits. States are described in :class:`NTMState`.
+    """
+
+    def __init__(self, *args, batch_first: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.batch_first = bool(batch_first)
+
+    def forward(
+        self, inputs: Tensor, state: NTMState | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, NTMState]:
+        """Run over ``inputs`` from ``state`` (by default :meth:`initial_state`) -> outputs, final state.
+
+        Raises ValueError or TypeError naming the argument whose shape, dtype or device is wrong.
+        """
+        if lengths is not None:
+            raise NotImplementedError("lengths: sequences of different lengths in a batch are not supported yet")
+        return self._forward(inputs, state)
+
+    def trace(self, inputs: Tensor, state: NTMState | None = None) -> tuple[Tensor, NTMTrace]:
+        """Run as :meth:`forward` does and show every head at every step -> outputs, trace (time first)."""
+        records: list = []
+        outputs, _ = self._forward(inputs, state, records)
+        read_weights, write_weights, reads, params = (torch.stack(x) for x in zip(*records))
+        parameters = reference.head_parameters(
+            params,
+            self.read_heads,
+            self.write_heads,
+            self.memory_width,
+            shift_range=self.shift_range,
+            key_activation=self.key_activation,
+            add_activation=self.add_activation,
+            clip=self.clip,
+        )
+        trace = NTMTrace(read_weights, write_weights, reads, *parameters)
+        return outputs, trace if inputs.dim() == 3 else NTMTrace(*(t.squeeze(1) for t in trace))
+
+    def _forward(
+        self, inputs: Tensor, state: NTMState | None, records: list | None = None
+    ) -> tuple[Tensor, NTMState]:
+        self._check_inputs(inputs, 3)
+        batched = inputs.dim() == 3
+        if not batched:
+            inputs = inputs.unsqueeze(1)
+        elif self.batch_first:
+            inputs = inputs.transpose(0, 1)
+        steps, batch, _ = inputs.shape
+        if steps == 0:
+            raise ValueError("inputs: got no time steps, expected at least one")
+        if state is None:
+            state = self.initial_state(batch)
+        else:
+            self._check_state(state, (batch,) if batched else ())
+            state = state if batched else _batched(state)
+        outputs, state = self._run(inputs, state, records)
+        if not batched:
+            return outputs.squeeze(1), _unbatched(state)
+        return outputs.transpose(0, 1) if self.batch_first else outputs, state
+
+
+class NTMCell(_NTM):
+    """One step of :class:`FastNTM`, whose arguments, parameters and ``state_dict`` it shares.
+
+    inputs (B, I) or (I,), state -> output (B, O) or (O,), state.
+    """
+
+    def forward(self, inputs: Tensor, state: NTMState | None = None) -> tuple[Tensor, NTMState]:
+        """One step from ``state`` (by default :meth:`initial_state`) -> output logits, new state."""
+        self._check_inputs(inputs, 2)
+        batched = inputs.dim() == 2
+        if not batched:
+            inputs = inputs.unsqueeze(0)
+        if state is None:
+            state = self.initial_state(inputs.shape[0])
+        else:
+            self._check_state(state, (inputs.shape[0],) if batched else ())
+            state = state if batched else _batched(state)
+        outputs, state = self._run(inputs.unsqueeze(0), state)
+        outputs = outputs.squeeze(0)
+        return (outputs, state) if batched else (outputs.squeeze(0), _unbatched(state))

@@ -1,0 +1,428 @@
+"""The operators: ``torch.ops.ntm_fast.*`` with schemas and fakes, and their public, differentiable form.
+
+Every public function here has the name, the signature and the answers of its twin in :mod:`ntm_fast.reference`, takes
+strided and expanded inputs, and is served by a native kernel where one exists for the device and dtype, else by the
+reference; :func:`explain` says which and why. All of them raise TypeError or ValueError, naming the argument, what it
+was and what it must be, before anything is computed.
+
+A memory has the paper's shape (B, N, M) and, inside the native code, locations contiguous: memories returned here are
+transposed views, and passing them on costs no copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _native, reference
+
+_LIBRARY = torch.library.Library("ntm_fast", "DEF")
+_MEMORY = "BNM"  # tensors of these dimensions are location-minor inside: [B, M, N]
+_ACTIVATIONS = ("tanh", "identity")
+EPS = 1e-8  # every operator's default
+
+
+class _Operator(NamedTuple):
+    """What one operator is: from this follow its schema, its fake, its kernels and its autograd Function."""
+
+    name: str
+    sizes: str  # the dimensions that the native function takes, in its order
+    inputs: dict[str, str]  # name -> dimensions
+    outputs: dict[str, str]
+    saved: tuple[str, ...] = ()  # the outputs that backward needs
+    options: dict[str, str] = {}  # name -> type in the schema
+    derived: Callable[..., dict[str, int]] | None = None  # (dims, *options) -> dimensions that follow from others
+
+
+def _step_dimensions(dims: dict[str, int], shift_range: int, *_: Any) -> dict[str, int]:
+    return {"K": 2 * shift_range + 1, "P": reference.params_size(dims["R"], dims["W"], dims["M"], shift_range)}
+
+
+_OPERATORS = (
+    _Operator(
+        "content_addressing",
+        "BHNM",
+        {"memory": _MEMORY, "key": "BHM", "beta": "BH"},
+        {"content": "BHN"},
+        saved=("content",),
+        options={"eps": "float"},
+    ),
+    _Operator("interpolate", "BHN", {"content": "BHN", "previous": "BHN", "gate": "BH"}, {"gated": "BHN"}),
+    _Operator("circular_shift", "BHNK", {"weights": "BHN", "shift": "BHK"}, {"shifted": "BHN"}),
+    _Operator("sharpen", "BHN", {"weights": "BHN", "gamma": "BH"}, {"sharpened": "BHN"}, saved=("sharpened",)),
+    _Operator(
+        "address",
+        "BHNMK",
+        {
+            "memory": _MEMORY,
+            "previous": "BHN",
+            "key": "BHM",
+            "beta": "BH",
+            "gate": "BH",
+            "shift": "BHK",
+            "gamma": "BH",
+        },
+        {"weights": "BHN"},
+        saved=("weights",),
+        options={"eps": "float"},
+    ),
+    _Operator(
+        "erase_add_write",
+        "BHNM",
+        {"memory": _MEMORY, "weights": "BHN", "erase": "BHM", "add": "BHM"},
+        {"written": _MEMORY},
+    ),
+    _Operator("read", "BHNM", {"memory": _MEMORY, "weights": "BHN"}, {"reads": "BHM"}),
+    _Operator(
+        "memory_step",
+        "BRWNMK",
+        {"memory": _MEMORY, "read_weights": "BRN", "write_weights": "BWN", "params": "BP"},
+        {"reads": "BRM", "new_memory": _MEMORY, "new_read_weights": "BRN", "new_write_weights": "BWN"},
+        saved=("new_memory", "new_read_weights", "new_write_weights"),
+        options={
+            "shift_range": "int",
+            "read_first": "bool",
+            "key_activation": "str",
+            "add_activation": "str",
+            "clip": "float?",
+            "eps": "float",
+        },
+        derived=_step_dimensions,
+    ),
+    _Operator(
+        "lstm_gates",
+        "BH",
+        {"gates": "BG", "cell": "BH"},
+        {"hidden": "BH", "new_cell": "BH"},
+        saved=("new_cell",),
+        derived=lambda dims: {"G": 4 * dims["H"]},
+    ),
+    _Operator(
+        "gru_gates",
+        "BH",
+        {"input_gates": "BG", "hidden_gates": "BG", "hidden": "BH"},
+        {"new_hidden": "BH"},
+        derived=lambda dims: {"G": 3 * dims["H"]},
+    ),
+)
+
+
+# --- torch.ops.ntm_fast.*: schema, fake, kernels ----------------------------------------------------------------------
+
+
+def _reader(op: _Operator) -> Callable[[tuple], dict[str, int]]:
+    """A function from an operator's arguments (tensors, then options) to the size of every dimension."""
+    count = len(op.inputs)
+    places = {}
+    for index, letters in enumerate(op.inputs.values()):
+        for axis, letter in enumerate(letters):
+            places.setdefault(letter, (index, axis))
+    places = [(letter, index, axis) for letter, (index, axis) in places.items()]
+
+    def read(args: tuple) -> dict[str, int]:
+        shapes = [tensor.shape for tensor in args[:count]]
+        dims = {letter: shapes[index][axis] for letter, index, axis in places}
+        if op.derived is not None:
+            dims.update(op.derived(dims, *args[count : count + len(op.options)]))
+        return dims
+
+    return read
+
+
+def _empty(like: Tensor, letters: str, dims: dict[str, int]) -> Tensor:
+    if letters == _MEMORY:
+        n, m = dims["N"], dims["M"]
+        return like.new_empty_strided((dims["B"], n, m), (n * m, 1, n))
+    return like.new_empty([dims[letter] for letter in letters])
+
+
+def _address(tensor: Tensor, letters: str, keep: list[Tensor]) -> int:
+    """Where the native code finds the tensor; a copy in the native layout is kept alive in ``keep``."""
+    if letters == _MEMORY:
+        tensor = tensor.transpose(1, 2)
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+        keep.append(tensor)
+    return tensor.data_ptr()
+
+
+def _native_scalars(op: _Operator, dims: dict[str, int], options: tuple) -> list:
+    """Sizes and options as the native functions take them (csrc/operators.h)."""
+    return [dims[letter] for letter in op.sizes] + list(step_scalars(options) if op.name == "memory_step" else options)
+
+
+def step_scalars(options: tuple) -> tuple:
+    """memory_step's options as the native code takes them; shift_range is among the sizes there."""
+    _, read_first, key_activation, add_activation, clip, eps = options
+    return read_first, key_activation == "tanh", add_activation == "tanh", math.inf if clip is None else clip, eps
+
+
+def _define(name: str, op: _Operator, inputs: dict[str, str], outputs: dict[str, str]) -> None:
+    """Register ``torch.ops.ntm_fast.{name}``: tensors ``inputs``, then the options, to fresh tensors ``outputs``."""
+    arguments = [f"Tensor {n}" for n in inputs] + [f"{kind} {n}" for n, kind in op.options.items()]
+    returns = "Tensor" if len(outputs) == 1 else f"({', '.join(['Tensor'] * len(outputs))})"
+    _LIBRARY.define(f"{name}({', '.join(arguments)}) -> {returns}")
+    count = len(inputs)
+    input_letters, output_letters = tuple(inputs.values()), tuple(outputs.values())
+    single = len(outputs) == 1
+    read = _reader(op._replace(inputs=inputs))
+
+    def fake(*args):
+        dims = read(args)
+        results = [_empty(args[0], letters, dims) for letters in output_letters]
+        return results[0] if single else tuple(results)
+
+    def kernel(*args):
+        dims = read(args)
+        results = [_empty(args[0], letters, dims) for letters in output_letters]
+        keep: list[Tensor] = []
+        addresses = [_address(tensor, letters, keep) for tensor, letters in zip(args, input_letters)]
+        addresses += [tensor.data_ptr() for tensor in results]
+        _native.call(name, args[0], *_native_scalars(op, dims, args[count:]), *addresses)
+        return results[0] if single else tuple(results)
+
+    torch.library.register_fake(f"ntm_fast::{name}", fake, lib=_LIBRARY)
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, kernel, key)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def grads_through(function: Callable, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Differentiable gradients of a function in plain PyTorch: what a backward returns under ``create_graph``."""
+    local = [x.view_as(x) for x in inputs]  # inputs may depend on each other; their aliases do not
+    outputs = function(*local)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = [x for x in local if x.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in local]
+
+
+def _function(op: _Operator) -> type[torch.autograd.Function]:
+    """The autograd Function around an operator; its backward is one registered operator too."""
+    count, nones = len(op.inputs), (None,) * len(op.options)
+    kept = [index for index, name in enumerate(op.outputs) if name in op.saved]
+    forward_op = getattr(torch.ops.ntm_fast, op.name).default
+    backward_op = getattr(torch.ops.ntm_fast, f"{op.name}_backward").default
+    twin = getattr(reference, op.name)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            outputs = forward_op(*args)
+            saved = (outputs,) if kept and isinstance(outputs, Tensor) else [outputs[index] for index in kept]
+            ctx.save_for_backward(*args[:count], *saved)
+            ctx.options = args[count:]
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *grads):
+            saved = ctx.saved_tensors
+            if torch.is_grad_enabled():
+                options = dict(zip(op.options, ctx.options))
+                return (*grads_through(functools.partial(twin, **options), saved[:count], grads), *nones)
+            found = backward_op(*saved, *grads, *ctx.options)
+            return (*(found if isinstance(found, (tuple, list)) else (found,)), *nones)
+
+    Function.__name__ = Function.__qualname__ = op.name
+    return Function
+
+
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+_BY_NAME = {op.name: op for op in _OPERATORS}
+for _op in _OPERATORS:
+    _define(_op.name, _op, _op.inputs, _op.outputs)
+    _define(
+        f"{_op.name}_backward",
+        _op,
+        {
+            **_op.inputs,
+            **{name: _op.outputs[name] for name in _op.saved},
+            **{f"grad_{name}": letters for name, letters in _op.outputs.items()},
+        },
+        {f"grad_{name}": letters for name, letters in _op.inputs.items()},
+    )
+    _FUNCTIONS[_op.name] = _function(_op)
+
+
+# --- the public functions ---------------------------------------------------------------------------------------------
+
+
+def why_not_native(device: torch.device, dtype: torch.dtype, name: str = "memory_step") -> str | None:
+    """Why no native kernel serves operator ``name`` there; None when one does."""
+    if dtype not in (torch.float32, torch.float64):
+        return f"there are native kernels for float32 and float64, not for {dtype}"
+    return _native.why_not(device.type, dtype is torch.float64, name)
+
+
+def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """For every operator, what would serve tensors of that device and dtype: ``"native"``, or ``"reference: why"``."""
+    device = torch.device(device)
+    reasons = {op.name: why_not_native(device, dtype, op.name) for op in _OPERATORS}
+    return {name: "native" if reason is None else f"reference: {reason}" for name, reason in reasons.items()}
+
+
+def transforming() -> bool:
+    """Whether functorch or forward-mode AD is active: these need the reference."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _describe(op: _Operator, letters: str) -> str:
+    return "(" + ", ".join(letters) + ")"
+
+
+def _check(op: _Operator, tensors: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+    first_name, first = next(iter(op.inputs)), tensors[0]
+    dims: dict[str, int] = {}
+    owners: dict[str, str] = {}
+    for (name, letters), tensor in zip(op.inputs.items(), tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op.name}: {name} must be a Tensor, got {type(tensor).__name__}")
+        shape = tensor.shape
+        if len(shape) != len(letters):
+            raise ValueError(
+                f"{op.name}: {name} must have shape {_describe(op, letters)}, {len(letters)} dimensions; got shape "
+                f"{tuple(shape)}"
+            )
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{op.name}: {name} must be {first.dtype} as {first_name} is, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{op.name}: {name} must be on {first.device} as {first_name} is, got {tensor.device}")
+        for letter, size in zip(letters, shape):
+            if letter not in dims:
+                dims[letter], owners[letter] = size, name
+                if size == 0 and letter != "B":
+                    raise ValueError(
+                        f"{op.name}: {name} must not be empty, {letter} of {_describe(op, letters)} is 0; got shape "
+                        f"{tuple(shape)}"
+                    )
+            elif dims[letter] != size:
+                raise ValueError(
+                    f"{op.name}: {name} must have shape {_describe(op, letters)} with {letter} = {dims[letter]} as "
+                    f"in {owners[letter]}; got shape {tuple(shape)}"
+                )
+    if not first.is_floating_point():
+        raise TypeError(f"{op.name}: {first_name} must have a floating dtype, got {first.dtype}")
+    for letter, size in (op.derived(dims, *options.values()) if op.derived else {}).items():
+        if letter in dims and dims[letter] != size:
+            raise ValueError(
+                f"{op.name}: {owners[letter]} must have {letter} = {size} entries for the other sizes "
+                f"{ {k: v for k, v in dims.items() if k != letter} }; got {dims[letter]}"
+            )
+        dims[letter] = size
+    if "K" in dims and not (dims["K"] % 2 == 1 and dims["K"] <= dims["N"]):
+        raise ValueError(
+            f"{op.name}: the number of shifts must be odd, 2S+1, and at most N = {dims['N']}; got {dims['K']}"
+        )
+
+
+def _call(op: _Operator, tensors: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
+    first = tensors[0]
+    if isinstance(first, Tensor) and not first.is_meta and torch.is_autocast_enabled(first.device.type):
+        low = (torch.float16, torch.bfloat16)
+        tensors = tuple(t.float() if isinstance(t, Tensor) and t.dtype in low else t for t in tensors)
+        with torch.autocast(first.device.type, enabled=False):
+            return _call(op, tensors, options)
+    _check(op, tensors, options)
+    if why_not_native(first.device, first.dtype, op.name) is not None or (
+        not torch.compiler.is_compiling() and transforming()
+    ):
+        _native.warn_once(first.device.type)
+        return getattr(reference, op.name)(*tensors, **options)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _FUNCTIONS[op.name].apply(*tensors, *options.values())
+    return getattr(torch.ops.ntm_fast, op.name)(*tensors, *options.values())
+
+
+def _positive(op: str, name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{op}: {name} must be positive, got {value}")
+
+
+def content_addressing(memory: Tensor, key: Tensor, beta: Tensor, *, eps: float = EPS) -> Tensor:
+    _positive("content_addressing", "eps", eps)
+    return _call(_BY_NAME["content_addressing"], (memory, key, beta), {"eps": eps})
+
+
+def interpolate(content: Tensor, previous: Tensor, gate: Tensor) -> Tensor:
+    return _call(_BY_NAME["interpolate"], (content, previous, gate), {})
+
+
+def circular_shift(weights: Tensor, shift: Tensor) -> Tensor:
+    return _call(_BY_NAME["circular_shift"], (weights, shift), {})
+
+
+def sharpen(weights: Tensor, gamma: Tensor) -> Tensor:
+    return _call(_BY_NAME["sharpen"], (weights, gamma), {})
+
+
+def address(
+    memory: Tensor,
+    previous: Tensor,
+    key: Tensor,
+    beta: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    gamma: Tensor,
+    *,
+    eps: float = EPS,
+) -> Tensor:
+    _positive("address", "eps", eps)
+    return _call(_BY_NAME["address"], (memory, previous, key, beta, gate, shift, gamma), {"eps": eps})
+
+
+def erase_add_write(memory: Tensor, weights: Tensor, erase: Tensor, add: Tensor) -> Tensor:
+    return _call(_BY_NAME["erase_add_write"], (memory, weights, erase, add), {})
+
+
+def read(memory: Tensor, weights: Tensor) -> Tensor:
+    return _call(_BY_NAME["read"], (memory, weights), {})
+
+
+def memory_step(
+    memory: Tensor,
+    read_weights: Tensor,
+    write_weights: Tensor,
+    params: Tensor,
+    *,
+    shift_range: int,
+    read_first: bool = False,
+    key_activation: str = "tanh",
+    add_activation: str = "tanh",
+    clip: float | None = 20.0,
+    eps: float = EPS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if shift_range < 0:
+        raise ValueError(f"memory_step: shift_range must not be negative, got {shift_range}")
+    for name, value in (("key_activation", key_activation), ("add_activation", add_activation)):
+        if value not in _ACTIVATIONS:
+            raise ValueError(f"memory_step: {name} must be 'tanh' or 'identity', got {value!r}")
+    if clip is not None:
+        _positive("memory_step", "clip", clip)
+    _positive("memory_step", "eps", eps)
+    options = {
+        "shift_range": shift_range,
+        "read_first": read_first,
+        "key_activation": key_activation,
+        "add_activation": add_activation,
+        "clip": clip,
+        "eps": eps,
+    }
+    return _call(_BY_NAME["memory_step"], (memory, read_weights, write_weights, params), options)
+
+
+def lstm_gates(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    return _call(_BY_NAME["lstm_gates"], (gates, cell), {})
+
+
+def gru_gates(input_gates: Tensor, hidden_gates: Tensor, hidden: Tensor) -> Tensor:
+    return _call(_BY_NAME["gru_gates"], (input_gates, hidden_gates, hidden), {})
+
+
+for _op in _OPERATORS:
+    globals()[_op.name].__doc__ = getattr(reference, _op.name).__doc__

@@ -1,0 +1,213 @@
+"""The Neural Turing Machine in plain PyTorch, one function per equation.
+
+This is the ground truth that every native backend is tested against, and the fallback where none serves. It runs on
+any floating dtype and any device and is differentiable to any order. Equation numbers are those of Graves, Wayne and
+Danihelka, "Neural Turing Machines" (2014), section 3.
+
+Shapes: B batch, H heads (R read, W write), N memory locations, M memory width, S shift range, 2S+1 shifts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def content_addressing(memory: Tensor, key: Tensor, beta: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """Focus by content: softmax over locations of ``beta`` times the cosine of key and memory row (eqs. 5 and 6).
+
+    memory (B, N, M), key (B, H, M), beta (B, H) -> (B, H, N). Norms are ``sqrt(|x|^2 + eps^2)``, so that a zero key
+    or a zero row has a similarity of 0 rather than NaN.
+    """
+    eps = max(eps, math.sqrt(torch.finfo(memory.dtype).tiny))  # eps^2 must not underflow, as it would in float16
+    key_norm = (key.square().sum(-1) + eps**2).sqrt()  # (B, H)
+    row_norm = (memory.square().sum(-1) + eps**2).sqrt()  # (B, N)
+    dot = key @ memory.transpose(1, 2)  # (B, H, N)
+    cosine = dot / (key_norm.unsqueeze(-1) * row_norm.unsqueeze(1))
+    return torch.softmax(beta.unsqueeze(-1) * cosine, dim=-1)
+
+
+def interpolate(content: Tensor, previous: Tensor, gate: Tensor) -> Tensor:
+    """Blend the content weighting with the previous one (eq. 7): content, previous (B, H, N), gate (B, H)."""
+    gate = gate.unsqueeze(-1)
+    return gate * content + (1 - gate) * previous
+
+
+def circular_shift(weights: Tensor, shift: Tensor) -> Tensor:
+    """Rotate by the circular convolution with ``shift`` (eq. 8): weights (B, H, N), shift (B, H, 2S+1) -> (B, H, N).
+
+    ``shift[..., S + j]`` moves the focus by +j locations.
+    """
+    reach = shift.shape[-1] // 2
+    return sum(shift[..., j + reach, None] * weights.roll(j, -1) for j in range(-reach, reach + 1))
+
+
+def sharpen(weights: Tensor, gamma: Tensor) -> Tensor:
+    """Sharpen ``w_i^gamma / sum_j w_j^gamma`` (eq. 9): weights (B, H, N), gamma (B, H) -> (B, H, N).
+
+    Computed as ``softmax(gamma * log w)``, which sums to one however large gamma is; the logarithm is taken of at
+    least ``finfo(dtype).tiny``.
+    """
+    log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
+    return torch.softmax(gamma.unsqueeze(-1) * log_weights, dim=-1)
+
+
+def address(
+    memory: Tensor,
+    previous: Tensor,
+    key: Tensor,
+    beta: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    gamma: Tensor,
+    *,
+    eps: float = 1e-8,
+) -> Tensor:
+    """A head's whole addressing (section 3.3): content, interpolation, shift, sharpening -> weights (B, H, N)."""
+    content = content_addressing(memory, key, beta, eps=eps)
+    gated = interpolate(content, previous, gate)
+    return sharpen(circular_shift(gated, shift), gamma)
+
+
+def erase_add_write(memory: Tensor, weights: Tensor, erase: Tensor, add: Tensor) -> Tensor:
+    """Write with every head: all erases, then all adds (eqs. 3 and 4).
+
+    memory (B, N, M), weights (B, H, N), erase and add (B, H, M) -> (B, N, M).
+    """
+    for w, e in zip(weights.unbind(1), erase.unbind(1)):
+        memory = memory * (1 - w.unsqueeze(2) * e.unsqueeze(1))
+    return memory + weights.transpose(1, 2) @ add
+
+
+def read(memory: Tensor, weights: Tensor) -> Tensor:
+    """Read the weighted sum of memory rows (eq. 2): memory (B, N, M), weights (B, H, N) -> (B, H, M)."""
+    return weights @ memory
+
+
+class HeadParameters(NamedTuple):
+    """What the controller tells its heads, activated; H = R + W heads, the read heads first."""
+
+    key: Tensor  # (B, H, M)
+    beta: Tensor  # (B, H)         key strength, > 0
+    gate: Tensor  # (B, H)         interpolation gate, in (0, 1)
+    shift: Tensor  # (B, H, 2S+1)  sums to one
+    gamma: Tensor  # (B, H)        sharpening, >= 1
+    erase: Tensor  # (B, W, M)     in (0, 1)
+    add: Tensor  # (B, W, M)
+
+
+_ACTIVATIONS = {"tanh": torch.tanh, "identity": lambda x: x}
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return F.softplus(x, threshold=40)  # from the default, 20, on it is x alone: wrong by 2e-9, which float64 sees
+
+
+def params_size(read_heads: int, write_heads: int, memory_width: int, shift_range: int) -> int:
+    """P, the number of raw head parameters of one element: (R + W)(M + 2S + 4) + 2WM."""
+    return (read_heads + write_heads) * (memory_width + 2 * shift_range + 4) + 2 * write_heads * memory_width
+
+
+def head_parameters(
+    params: Tensor,
+    read_heads: int,
+    write_heads: int,
+    memory_width: int,
+    *,
+    shift_range: int,
+    key_activation: str = "tanh",
+    add_activation: str = "tanh",
+    clip: float | None = 20.0,
+) -> HeadParameters:
+    """Split raw parameters (..., P) and activate them.
+
+    The layout, read heads first: for each head k (M), beta, g, s (2S+1, from -S to S), gamma; then for each write
+    head e (M), a (M). Raw values are first clamped to +-clip, unless clip is None.
+    """
+    heads, width, shifts = read_heads + write_heads, memory_width, 2 * shift_range + 1
+    if clip is not None:
+        params = params.clamp(-clip, clip)
+    addressing, writing = params.split([heads * (width + shifts + 3), 2 * write_heads * width], dim=-1)
+    key, beta, gate, shift, gamma = addressing.unflatten(-1, (heads, -1)).split([width, 1, 1, shifts, 1], dim=-1)
+    erase, add = writing.unflatten(-1, (write_heads, 2, width)).unbind(-2)
+    return HeadParameters(
+        key=_ACTIVATIONS[key_activation](key),
+        beta=_softplus(beta.squeeze(-1)),
+        gate=torch.sigmoid(gate.squeeze(-1)),
+        shift=torch.softmax(shift, dim=-1),
+        gamma=1 + _softplus(gamma.squeeze(-1)),
+        erase=torch.sigmoid(erase),
+        add=_ACTIVATIONS[add_activation](add),
+    )
+
+
+def memory_step(
+    memory: Tensor,
+    read_weights: Tensor,
+    write_weights: Tensor,
+    params: Tensor,
+    *,
+    shift_range: int,
+    read_first: bool = False,
+    key_activation: str = "tanh",
+    add_activation: str = "tanh",
+    clip: float | None = 20.0,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One step of the memory: every head addresses, the write heads write, the read heads read.
+
+    memory (B, N, M), read_weights (B, R, N) and write_weights (B, W, N) of the previous step, raw head parameters
+    params (B, P) as in :func:`head_parameters` -> reads (B, R, M), memory, read_weights, write_weights.
+
+    By default the write heads address M_{t-1} and write M_t, then the read heads address and read M_t; with
+    ``read_first`` the read heads address and read M_{t-1}.
+    """
+    readers, writers = read_weights.shape[1], write_weights.shape[1]
+    p = head_parameters(
+        params,
+        readers,
+        writers,
+        memory.shape[2],
+        shift_range=shift_range,
+        key_activation=key_activation,
+        add_activation=add_activation,
+        clip=clip,
+    )
+    (read_key, write_key), (read_beta, write_beta), (read_gate, write_gate), (read_shift, write_shift), (
+        read_gamma,
+        write_gamma,
+    ) = (x.split([readers, writers], dim=1) for x in p[:5])
+
+    write_weights = address(
+        memory, write_weights, write_key, write_beta, write_gate, write_shift, write_gamma, eps=eps
+    )
+    written = erase_add_write(memory, write_weights, p.erase, p.add)
+    source = memory if read_first else written
+    read_weights = address(source, read_weights, read_key, read_beta, read_gate, read_shift, read_gamma, eps=eps)
+    return read(source, read_weights), written, read_weights, write_weights
+
+
+def lstm_gates(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """The elementwise part of ``nn.LSTM``: gates (B, 4H) in the order i, f, g, o; cell (B, H) -> hidden, cell."""
+    i, f, g, o = gates.chunk(4, dim=-1)
+    cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(cell), cell
+
+
+def gru_gates(input_gates: Tensor, hidden_gates: Tensor, hidden: Tensor) -> Tensor:
+    """The elementwise part of ``nn.GRU``, the reset gate applied after the product.
+
+    input_gates (B, 3H) = W_i x + b_i and hidden_gates (B, 3H) = W_h h + b_h, both in the order r, z, n;
+    hidden (B, H) -> hidden: ``n = tanh(i_n + r h_n)``, ``h' = (1 - z) n + z h``. The literature also writes the update
+    gate the other way round, ``(1 - z) h + z n``: the same family with z replaced by 1 - z, that is, with the sign of
+    its weights and biases flipped.
+    """
+    i_r, i_z, i_n = input_gates.chunk(3, dim=-1)
+    h_r, h_z, h_n = hidden_gates.chunk(3, dim=-1)
+    z = torch.sigmoid(i_z + h_z)
+    n = torch.tanh(i_n + torch.sigmoid(i_r + h_r) * h_n)
+    return (1 - z) * n + z * hidden
