@@ -17,6 +17,7 @@ from .state import NTMState, NTMTrace
 ENGINES = ("auto", "step", "reference")
 MEMORY_INITS = ("constant", "learned", "learned_constant", "random")
 ACTIVATIONS = ("tanh", "identity")
+INITIAL_FOCUS = 5.0  # logit of location 0 in the first weightings, the others' being 0; see docs/decisions.md
 INITIAL_MEMORY = 1e-6  # Collier & Beel 2018, section 3.2: the "constant" initialisation
 
 
@@ -118,9 +119,10 @@ class _NTM(nn.Module):
             bound = 1 / math.sqrt(self.memory_locations + self.memory_width)
             nn.init.uniform_(self.initial_memory, -bound, bound)
         nn.init.normal_(self.initial_reads, std=0.01)
-        # Rows of a constant memory are told apart by the first weightings alone, so these must differ by location.
-        nn.init.normal_(self.initial_read_weights)
-        nn.init.normal_(self.initial_write_weights)
+        # Rows of a constant memory are told apart by the first weightings alone: every head starts out at location 0.
+        for logits in (self.initial_read_weights, self.initial_write_weights):
+            nn.init.zeros_(logits)
+            logits[:, 0] = INITIAL_FOCUS
 
     def initial_state(self, batch_size: int) -> NTMState:
         """The (learned) state before the first step, for ``batch_size`` sequences."""

@@ -228,10 +228,13 @@ class _Tape:
         )
         self.scalars = (*self.sizes, *ops.step_scalars(plan.options))
         self.memory = [memory.transpose(1, 2).contiguous()]
+        # Every memory that backward needs, in one piece; the last one apart, as it is the caller's to keep.
+        kept = self.steps - 1 if keep else min(self.steps - 1, 2)
+        self.history = self.memory[0].new_empty(kept, *self.memory[0].shape).unbind()
         self.read_weights, self.write_weights = [read_weights.contiguous()], [write_weights.contiguous()]
         self.params: list[Tensor] = []
         self.hidden: list[Tensor] = []
-        self.reads = [reads.contiguous()]
+        self.reads = reads.contiguous()
         self.layers = []
         per_layer = len(weights) // plan.layers
         flat = inputs.reshape(self.steps * self.batch, -1)
@@ -247,19 +250,17 @@ class _Tape:
     def forward(self) -> tuple[Tensor, ...]:
         """-> features (T, B, hidden + R M), then the final state's tensors."""
         features = []
-        memory, read_weights, write_weights = self.memory[0], self.read_weights[0], self.write_weights[0]
-        spare: tuple[Tensor, ...] | None = None
-        reads = self.reads[0]
+        memory, read_weights, write_weights, reads = self.memory[0], self.read_weights[0], self.write_weights[0], self.reads
         for t in range(self.steps):
             hidden = reads.view(self.batch, -1)
             for layer in self.layers:
                 hidden = layer.forward(t, hidden)
             params = torch.addmm(self.heads_bias, hidden, self.heads_weight.t())
             before = memory, read_weights, write_weights
-            reads = torch.empty_like(reads)
-            # Without backward two sets of buffers take turns; the first one is the caller's.
-            memory, read_weights, write_weights = spare or tuple(map(torch.empty_like, before))
-            spare = before if t and not self.keep else None
+            # Without backward two memories take turns.
+            last = t == self.steps - 1
+            memory = torch.empty_like(memory) if last else self.history[t if self.keep else t % 2]
+            reads, read_weights, write_weights = map(torch.empty_like, (reads, read_weights, write_weights))
             self._call("memory_step", *before, params, reads, memory, read_weights, write_weights)
             features += (hidden, reads.view(self.batch, -1))
             if self.keep:
@@ -337,7 +338,10 @@ class _Sequence(torch.autograd.Function):
         inputs, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
             return None, *ops.grads_through(ctx.plan.reference, (inputs, *tensors), grads)
-        return None, *ctx.tape.backward(ctx.needs_input_grad[1], grads)
+        found = ctx.tape.backward(ctx.needs_input_grad[1], grads)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.tape = None  # as saved tensors are, rather than when the last output goes
+        return None, *found
 
 
 def run(plan: Plan, inputs: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
