@@ -1,0 +1,174 @@
+// The only file that knows Python: loads backends and lends their tables of plain functions to it.
+//
+// Every entry of Operators<T> becomes a Python function (backend, is_double, ...), its further parameters deduced
+// from the table: pointers arrive as integers (tensor.data_ptr()), the small structs member by member.
+#include <pybind11/pybind11.h>
+
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "operators.h"
+
+namespace py = pybind11;
+
+namespace ntm {
+namespace {
+
+struct Loaded {
+    const Backend* table;
+    Error (*problem)();  // optional: why this machine cannot run the backend, nullptr when it can
+};
+
+std::vector<Loaded> loaded;  // indexed by the id that Python holds; backends stay until the process ends
+
+int load(const std::string& path) {
+    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!library) throw std::runtime_error(dlerror());
+    auto table = reinterpret_cast<decltype(&ntm_backend)>(dlsym(library, "ntm_backend"));
+    if (!table) throw std::runtime_error(path + " exports no ntm_backend");
+    loaded.push_back({table(), reinterpret_cast<Error (*)()>(dlsym(library, "ntm_problem"))});
+    return static_cast<int>(loaded.size()) - 1;
+}
+
+const Loaded& get(int backend) { return loaded.at(static_cast<std::size_t>(backend)); }
+
+// 4: x86-64-v4, 3: x86-64-v3, 1: any other processor. Asks the operating system too: without its support for
+// the wide registers the compiler's check says no.
+int cpu_level() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+          __builtin_cpu_supports("bmi2")))
+        return 1;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl")
+               ? 4
+               : 3;
+#else
+    return 1;
+#endif
+}
+
+// From Python's values, as many as a parameter has members, to the parameter. A failure leaves Python's error set.
+template <class T>
+struct From {
+    static constexpr Py_ssize_t width = 1;
+    static T python(PyObject* const*& values) {
+        if constexpr (std::is_pointer_v<T>)
+            return static_cast<T>(PyLong_AsVoidPtr(*values++));
+        else if constexpr (std::is_floating_point_v<T>)
+            return static_cast<T>(PyFloat_AsDouble(*values++));
+        else
+            return static_cast<T>(PyLong_AsLongLong(*values++));
+    }
+};
+template <class Struct, class... Members>
+struct FromMembers {
+    static constexpr Py_ssize_t width = sizeof...(Members);
+    static Struct python(PyObject* const*& values) {
+        return {From<Members>::python(values)...};  // braces: from left to right
+    }
+};
+template <>
+struct From<Launch> : FromMembers<Launch, int, int, void*> {};
+template <>
+struct From<StepSizes> : FromMembers<StepSizes, Size, Size, Size, Size, Size, Size> {};
+template <>
+struct From<StepOptions> : FromMembers<StepOptions, int, int, int, double, double> {};
+
+template <class... Parameters>
+PyObject* call(const char* backend, Error (*operation)(Parameters...), PyObject* const* values, Py_ssize_t count) {
+    if (!operation) return PyErr_Format(PyExc_RuntimeError, "ntm_fast: %s does not serve this operator", backend);
+    constexpr Py_ssize_t expected = (0 + ... + From<Parameters>::width);
+    if (count != expected)
+        return PyErr_Format(PyExc_TypeError, "takes %zd values after backend and is_double, got %zd", expected, count);
+    std::tuple<Parameters...> parameters{From<Parameters>::python(values)...};
+    if (PyErr_Occurred()) return nullptr;
+    PyThreadState* state = PyEval_SaveThread();
+    Error error = std::apply(operation, parameters);
+    PyEval_RestoreThread(state);
+    if (error) return PyErr_Format(PyExc_RuntimeError, "%s", error);
+    Py_RETURN_NONE;
+}
+
+// One operator as Python sees it. Written against Python's C API: pybind11's dispatch of ten arguments takes
+// 0.8 us, this 0.2 us, and a training step makes thousands of calls.
+template <auto f32, auto f64>
+struct Operator {
+    static PyObject* python(PyObject*, PyObject* const* values, Py_ssize_t count) {
+        if (count < 2) return PyErr_Format(PyExc_TypeError, "takes a backend and is_double first");
+        const std::size_t id = PyLong_AsSize_t(values[0]);
+        if (PyErr_Occurred()) return nullptr;
+        if (id >= loaded.size()) return PyErr_Format(PyExc_IndexError, "no backend has the id %zu", id);
+        const Backend& table = *loaded[id].table;
+        return PyObject_IsTrue(values[1]) ? call(table.name, table.f64.*f64, values + 2, count - 2)
+                                    : call(table.name, table.f32.*f32, values + 2, count - 2);
+    }
+    static bool served(const Backend& table, bool is_double) {
+        return is_double ? table.f64.*f64 != nullptr : table.f32.*f32 != nullptr;
+    }
+};
+
+struct Entry {
+    PyObject* (*python)(PyObject*, PyObject* const*, Py_ssize_t);
+    bool (*served)(const Backend&, bool is_double);
+};
+template <auto f32, auto f64>
+constexpr Entry entry = {&Operator<f32, f64>::python, &Operator<f32, f64>::served};
+
+using F = Operators<float>;
+using D = Operators<double>;
+const std::map<std::string, Entry> operators = {
+    {"content_addressing", entry<&F::content_addressing, &D::content_addressing>},
+    {"content_addressing_backward", entry<&F::content_addressing_backward, &D::content_addressing_backward>},
+    {"interpolate", entry<&F::interpolate, &D::interpolate>},
+    {"interpolate_backward", entry<&F::interpolate_backward, &D::interpolate_backward>},
+    {"circular_shift", entry<&F::circular_shift, &D::circular_shift>},
+    {"circular_shift_backward", entry<&F::circular_shift_backward, &D::circular_shift_backward>},
+    {"sharpen", entry<&F::sharpen, &D::sharpen>},
+    {"sharpen_backward", entry<&F::sharpen_backward, &D::sharpen_backward>},
+    {"address", entry<&F::address, &D::address>},
+    {"address_backward", entry<&F::address_backward, &D::address_backward>},
+    {"erase_add_write", entry<&F::erase_add_write, &D::erase_add_write>},
+    {"erase_add_write_backward", entry<&F::erase_add_write_backward, &D::erase_add_write_backward>},
+    {"read", entry<&F::read, &D::read>},
+    {"read_backward", entry<&F::read_backward, &D::read_backward>},
+    {"memory_step", entry<&F::memory_step, &D::memory_step>},
+    {"memory_step_backward", entry<&F::memory_step_backward, &D::memory_step_backward>},
+    {"lstm_gates", entry<&F::lstm_gates, &D::lstm_gates>},
+    {"lstm_gates_backward", entry<&F::lstm_gates_backward, &D::lstm_gates_backward>},
+    {"gru_gates", entry<&F::gru_gates, &D::gru_gates>},
+    {"gru_gates_backward", entry<&F::gru_gates_backward, &D::gru_gates_backward>},
+};
+
+}  // namespace
+}  // namespace ntm
+
+PYBIND11_MODULE(_C, m) {
+    using namespace ntm;
+    static std::vector<PyMethodDef> methods;  // Python keeps pointers into it
+    for (const auto& [name, entry] : operators)
+        methods.push_back({name.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry.python)),
+                           METH_FASTCALL, nullptr});
+    methods.push_back({nullptr, nullptr, 0, nullptr});
+    if (PyModule_AddFunctions(m.ptr(), methods.data()) < 0) throw py::error_already_set();
+
+    m.def("load", &load, "Load the backend in this file and return its id.");
+    m.def("name", [](int backend) { return get(backend).table->name; });
+    m.def("problem", [](int backend) { return get(backend).problem ? get(backend).problem() : nullptr; },
+          "Why this machine cannot run the backend; None when it can.");
+    m.def("serves", [](int backend, bool is_double, const std::string& name) {
+        auto found = operators.find(name);
+        if (found == operators.end()) throw std::invalid_argument("no operator is called " + name);
+        return found->second.served(*get(backend).table, is_double);
+    });
+    m.def("cpu_level", &cpu_level);
+}

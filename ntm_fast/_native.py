@@ -1,0 +1,247 @@
+"""Finds and loads the native parts, and says of each that is missing why.
+
+Nothing here raises at import: without a native part the reference serves. NTM_CPU=baseline|x86-64-v3|x86-64-v4 forces
+one CPU variant, NTM_CPU=off none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch  # before any native part: its OpenMP runtime is the one that serves both
+
+_HERE = Path(__file__).resolve().parent
+# Best first: the variant's name, its file, the level that the processor must reach.
+_VARIANTS = (
+    ("x86-64-v4", "ntm_cpu_v4.so", 4),
+    ("x86-64-v3", "ntm_cpu_v3.so", 3),
+    ("baseline", "ntm_cpu_baseline.so", 1),
+)
+
+
+class _Missing(Exception):
+    """A native part cannot serve; the text is the reason."""
+
+
+class _Build(NamedTuple):
+    folder: Path
+    record: dict[str, Any]  # what setup.py wrote into _build.json
+
+
+class _Part(NamedTuple):
+    id: int | None  # of the loaded backend, for the binding
+    name: str | None  # of the CPU variant, or the CUDA architectures
+    reason: str | None  # why it does not serve; None when it does
+
+
+@functools.cache
+def _build() -> _Build | _Missing:
+    """This package's own build. A source tree without one borrows that of an installed copy of the same sources."""
+    if (_HERE / "_build.json").exists():
+        return _Build(_HERE, json.loads((_HERE / "_build.json").read_text()))
+    files = sorted(path for path in (_HERE.parent / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    folders = [Path(path, __package__) for path in sys.path if Path(path, __package__, "_build.json").exists()]
+    others = [_Build(folder, json.loads((folder / "_build.json").read_text())) for folder in folders]
+    for build in others:
+        if build.record["sources"] == sources:
+            return build
+    if others:
+        return _Missing(
+            f"ntm_fast was imported from the source tree {_HERE.parent}, and the copy installed in {others[0].folder} "
+            f"was built from other sources (version {others[0].record['version']}): run 'pip install .' again"
+        )
+    return _Missing(
+        f"ntm_fast was imported from {_HERE}, where nothing has been built: run 'pip install .' in its source tree"
+    )
+
+
+@functools.cache
+def _extension() -> Any:
+    """The binding; raises _Missing where there is none."""
+    build = _build()
+    if isinstance(build, _Missing):
+        raise build
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = build.folder / f"_C{suffix}"
+        if path.exists():
+            spec = importlib.util.spec_from_file_location(f"{__package__}._C", path)
+            module = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(module)
+            except ImportError as error:
+                raise _Missing(f"{path} does not load: {error}") from error
+            return module
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    built_for = f"ntm_fast in {build.folder} was built for Python {build.record['python']}, and this is Python {python}"
+    raise _Missing(build.record["cpu_reason"] or built_for)
+
+
+def _load(file: str) -> int:
+    try:
+        return _extension().load(str(_build().folder / file))
+    except RuntimeError as error:
+        raise _Missing(f"{file} does not load: {error}") from error
+
+
+def _share_openmp() -> None:
+    """Offer torch's OpenMP runtime to what is loaded next, so that the process has one pool of threads.
+
+    The CPU variants are not linked with a runtime. Wheels carry theirs under many names: libgomp.so.1,
+    libgomp-a34b3233.so.1, libiomp5.so.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:  # no /proc: not Linux
+        return
+    mapped = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line}
+    mapped = sorted(path for path in mapped if re.search(r"/lib(gomp|i?omp)\d*\b[^/]*\.so[^/]*$", path))
+    home = str(Path(torch.__file__).parent)  # .../torch, beside which wheel repair puts .../torch.libs
+    of_torch = [path for path in mapped if path.startswith((f"{home}/", f"{home}.libs/"))]
+    for path in [*of_torch, *mapped][:1]:
+        ctypes.CDLL(path, mode=os.RTLD_GLOBAL | os.RTLD_NOLOAD)
+    if not mapped:  # a torch without OpenMP
+        try:
+            ctypes.CDLL("libgomp.so.1", mode=os.RTLD_GLOBAL)
+        except OSError as error:
+            raise _Missing(f"there is no OpenMP runtime: {error}") from error
+
+
+@functools.cache
+def _cpu() -> _Part:
+    wanted = os.environ.get("NTM_CPU") or None
+    names = [name for name, _, _ in _VARIANTS]
+    try:
+        if wanted == "off":
+            raise _Missing("switched off by NTM_CPU=off")
+        if wanted and wanted not in names:
+            raise _Missing(f"NTM_CPU={wanted}: must be {', '.join(reversed(names))} or off")
+        level, built = _extension().cpu_level(), _build().record["cpu"]
+        for name, file, needed in _VARIANTS:
+            if wanted in (None, name) and name in built and needed <= level:
+                _share_openmp()
+                return _Part(_load(file), name, None)
+        why = "was not built" if wanted not in built else "needs instructions that this processor lacks"
+        raise _Missing(f"NTM_CPU={wanted}: this variant {why}")
+    except _Missing as missing:
+        return _Part(None, None, str(missing))
+
+
+@functools.cache
+def _cuda() -> _Part:
+    try:
+        extension, record = _extension(), _build().record
+        if not record["cuda"]:
+            raise _Missing(record["cuda_reason"])
+        backend = _load("ntm_cuda.so")
+    except _Missing as missing:
+        return _Part(None, None, str(missing))
+    name = extension.name(backend)
+    if torch.version.cuda is None:
+        reason = f"this torch ({torch.__version__}) has no CUDA"
+    else:
+        reason = extension.problem(backend) or _no_device(name)
+    return _Part(backend, name, reason)
+
+
+def _no_device(architectures: str) -> str | None:
+    """Why no device that torch sees can run programs for these architectures; None when one can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    devices = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    for architecture in architectures.split(";"):
+        major, minor, special, ptx = re.fullmatch(r"(\d+)(\d)([af]?)(-virtual)?", architecture).groups()
+        for device in devices:
+            # PTX runs on everything later, a cubin on later minors of its own major, code for 90a on 9.0 alone.
+            later = device >= (int(major), int(minor)) and (ptx or device[0] == int(major))
+            if device == (int(major), int(minor)) if special else later:
+                return None
+    found = ", ".join(f"{major}.{minor}" for major, minor in devices)
+    return (
+        f"ntm_fast was built for the architectures {architectures}, the devices are {found}: install it again with "
+        f"TORCH_CUDA_ARCH_LIST={devices[0][0]}.{devices[0][1]}"
+    )
+
+
+_PARTS = {"cpu": _cpu, "cuda": _cuda}
+_reasons: dict[tuple[str, bool, str], str | None] = {}
+_warned: set[str] = set()
+
+
+def why_not(device_type: str, is_double: bool, operator: str) -> str | None:
+    """Why no native kernel serves the operator on such devices, in float64 or float32; None when one does."""
+    key = (device_type, is_double, operator)
+    if key not in _reasons:
+        if device_type not in _PARTS:
+            _reasons[key] = f"there are native kernels for cpu and cuda, not for {device_type}"
+        else:
+            part = _PARTS[device_type]()
+            _reasons[key] = part.reason
+            if part.reason is None and not _extension().serves(part.id, is_double, operator):
+                _reasons[key] = f"there is no {device_type} kernel for {operator} yet"
+    return _reasons[key]
+
+
+def call(operator: str, like: torch.Tensor, *values: Any) -> None:
+    """Run a native operator with these sizes, options and addresses, on the device and in the dtype of ``like``."""
+    if like.is_cuda:
+        part = _cuda()
+        index = like.get_device()
+        launch = (0, index, torch._C._cuda_getCurrentRawStream(index))
+    else:
+        part = _cpu()
+        launch = (torch.get_num_threads(), 0, 0)
+    if part.reason is not None:
+        raise RuntimeError(f"ntm_fast: no native {operator} on {like.device.type}: {part.reason}")
+    getattr(_extension(), operator)(part.id, like.dtype is torch.float64, *values, *launch)
+
+
+def available(device_type: str) -> bool:
+    """Whether there is a native part that can serve tensors on such devices."""
+    return device_type in _PARTS and _PARTS[device_type]().reason is None
+
+
+def capabilities() -> dict[str, Any]:
+    """What native parts there are.
+
+    ``cpu`` is the name of the CPU variant in use or None, ``cuda`` the architectures that the CUDA part was built for
+    or None. ``cpu_reason`` and ``cuda_reason`` say why a part does not serve, and are None where it does; a CUDA part
+    that was built may still lack a driver or a device. ``build`` is what the build recorded, None without a build.
+    """
+    build = _build()
+    return {
+        "cpu": _cpu().name,
+        "cpu_reason": _cpu().reason,
+        "cuda": _cuda().name,
+        "cuda_reason": _cuda().reason,
+        "build": None if isinstance(build, _Missing) else {**build.record, "folder": str(build.folder)},
+    }
+
+
+def warn_once(device_type: str) -> None:
+    """Warn, once a process, that the reference serves such devices because a native part is missing."""
+    if device_type in _warned or device_type not in _PARTS or available(device_type):
+        return
+    _warned.add(device_type)
+    warnings.warn(
+        f"ntm_fast has no native {device_type.upper()} part in use and computes with its slower PyTorch reference: "
+        f"{_PARTS[device_type]().reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+# torch.compile asks these while it traces, and takes the answers as they are.
+for _function in (why_not, available, warn_once):
+    _function._dynamo_marked_constant = True
