@@ -237,27 +237,29 @@ class _NTM(nn.Module):
             if records is not None:
                 records.append((read_weights, write_weights, reads, params))
         # (B, T (hidden + R M)), then time first: one copy instead of one per step
-        stacked = torch.cat(features, 1).view(inputs.shape[1], inputs.shape[0], -1).transpose(0, 1)
+        stacked = torch.cat(features, 1).view(inputs.shape[1], inputs.shape[0], self.output.in_features).transpose(0, 1)
         return stacked, memory, read_weights, write_weights, reads, *self.controller.pack(layers)
 
     def _run(self, inputs: Tensor, state: NTMState, records: list | None = None) -> tuple[Tensor, NTMState]:
         """inputs (T, B, I) -> outputs (T, B, O) and the final state. ``records`` collects what a trace shows."""
         kernels = self._kernels(inputs)
-        tensors = (*state[:4], *state.controller, *self._weights())
+        *memory, controller_state = state
+        tensors = (*memory, *controller_state, *self._weights())
         plain = kernels is reference or records is not None or torch.compiler.is_compiling() or ops.transforming()
-        if plain or torch.is_autocast_enabled(inputs.device.type):
+        if plain or inputs.shape[1] == 0 or torch.is_autocast_enabled(inputs.device.type):
             features, *final = self._loop(kernels, inputs, *tensors, records=records)
         else:
             plan = recurrence.Plan(
                 controller=self.controller_type,
                 layers=self.num_layers,
-                state_tensors=len(state.controller),
+                state_tensors=len(controller_state),
                 options=(*self._options().values(), ops.EPS),
                 reference=functools.partial(self._loop, reference),
             )
             features, *final = recurrence.run(plan, inputs, tensors)
         outputs = F.linear(features, self.output.weight, self.output.bias)
-        return outputs, NTMState(*final[:4], tuple(final[4:]))
+        memory, read_weights, write_weights, reads, *controller_state = final
+        return outputs, NTMState(memory, read_weights, write_weights, reads, tuple(controller_state))
 
     def extra_repr(self) -> str:
         return (

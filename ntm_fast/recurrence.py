@@ -250,7 +250,8 @@ class _Tape:
     def forward(self) -> tuple[Tensor, ...]:
         """-> features (T, B, hidden + R M), then the final state's tensors."""
         features = []
-        memory, read_weights, write_weights, reads = self.memory[0], self.read_weights[0], self.write_weights[0], self.reads
+        memory, read_weights, write_weights = self.memory[0], self.read_weights[0], self.write_weights[0]
+        reads = self.reads
         for t in range(self.steps):
             hidden = reads.view(self.batch, -1)
             for layer in self.layers:
@@ -281,8 +282,15 @@ class _Tape:
             *(torch.stack(tensors) for tensors in states),
         )
 
-    def backward(self, needs_inputs: bool, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        """Gradients of the outputs -> of the inputs (T, B, I), the initial state's tensors and the weights."""
+    def backward(
+        self, needs_inputs: bool, final: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the outputs -> of the inputs (T, B, I), the initial state's tensors and the weights.
+
+        ``final``: the memory, read and write weights after the last step, which the tape does not hold.
+        """
+        memories = [*self.memory, final[0].transpose(1, 2)]
+        all_read_weights, all_write_weights = [*self.read_weights, final[1]], [*self.write_weights, final[2]]
         features, memory, read_weights, write_weights, reads, *state = grads
         hidden_size = self.hidden[0].shape[1]
         for index, layer in enumerate(self.layers):
@@ -298,13 +306,13 @@ class _Tape:
             grad_memory, *grad_weights = after
             self._call(
                 "memory_step_backward",
-                self.memory[t],
-                self.read_weights[t],
-                self.write_weights[t],
+                memories[t],
+                all_read_weights[t],
+                all_write_weights[t],
                 self.params[t],
-                self.memory[t + 1],
-                self.read_weights[t + 1],
-                self.write_weights[t + 1],
+                memories[t + 1],
+                all_read_weights[t + 1],
+                all_write_weights[t + 1],
                 fed + grad_reads_at[t],
                 grad_memory,
                 *grad_weights,
@@ -329,16 +337,21 @@ class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, inputs, *tensors):
         ctx.plan = plan
-        ctx.save_for_backward(inputs, *tensors)
-        ctx.tape = _Tape(plan, True, inputs, tensors)
-        return ctx.tape.forward()
+        ctx.tape = tape = _Tape(plan, True, inputs, tensors)
+        outputs = tape.forward()
+        # The final memory and weights are kept by torch: it notices when they are changed in place before backward,
+        # and a tape that held them would hold, through their graph, itself.
+        ctx.save_for_backward(inputs, *tensors, *outputs[1:4])
+        del tape.memory[-1], tape.read_weights[-1], tape.write_weights[-1]
+        return outputs
 
     @staticmethod
     def backward(ctx, *grads):
         inputs, *tensors = ctx.saved_tensors
+        *tensors, memory, read_weights, write_weights = tensors
         if torch.is_grad_enabled():
             return None, *ops.grads_through(ctx.plan.reference, (inputs, *tensors), grads)
-        found = ctx.tape.backward(ctx.needs_input_grad[1], grads)
+        found = ctx.tape.backward(ctx.needs_input_grad[1], (memory, read_weights, write_weights), grads)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.tape = None  # as saved tensors are, rather than when the last output goes
         return None, *found

@@ -177,17 +177,13 @@ def memory_step(
         add_activation=add_activation,
         clip=clip,
     )
-    (read_key, write_key), (read_beta, write_beta), (read_gate, write_gate), (read_shift, write_shift), (
-        read_gamma,
-        write_gamma,
-    ) = (x.split([readers, writers], dim=1) for x in p[:5])
+    addressing = p.key, p.beta, p.gate, p.shift, p.gamma
+    reading, writing = zip(*(parameter.split([readers, writers], dim=1) for parameter in addressing))
 
-    write_weights = address(
-        memory, write_weights, write_key, write_beta, write_gate, write_shift, write_gamma, eps=eps
-    )
+    write_weights = address(memory, write_weights, *writing, eps=eps)
     written = erase_add_write(memory, write_weights, p.erase, p.add)
     source = memory if read_first else written
-    read_weights = address(source, read_weights, read_key, read_beta, read_gate, read_shift, read_gamma, eps=eps)
+    read_weights = address(source, read_weights, *reading, eps=eps)
     return read(source, read_weights), written, read_weights, write_weights
 
 

@@ -113,7 +113,7 @@ def memory_picture(path: Path, model: FastNTM, batch: Batch, title: str) -> Path
     )  # (T, heads, M or N)
     heads = max(add.shape[1], reads.shape[1])
     window = _visited(torch.cat([write_weights, read_weights], 1).amax((0, 1)))
-    steps, width, shown = len(answered), add.shape[2], len(window)
+    width, shown = add.shape[2], len(window)
 
     rows = [["inputs", "targets"], ["inputs", "outputs"]]
     rows += [[f"add{h}" if h < add.shape[1] else ".", f"read{h}" if h < reads.shape[1] else "."] for h in range(heads)]
