@@ -1,0 +1,130 @@
+// The CPU's elementary functions against double over the whole range of float, and the tiles' behaviour at the ends
+// of arrays. Prints one line per failure; exits with their number. Compiled and run by tests/test_native_core.py.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "core/scalar.h"
+#include "cpu/thread.h"
+
+using namespace ntm;
+using namespace ntm::cpu;
+using M = Math<float>;
+using V = M::V;
+constexpr int W = lanes<float>;
+
+static int failures = 0;
+
+static float from_bits(std::uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// Distance in units of the last place of the exact answer, which for denormals is the smallest denormal.
+static double ulps(float got, double exact) {
+    const double unit = std::ldexp(1.0, std::max(std::ilogb(exact == 0 ? 1e-300 : exact) - 23, -149));
+    return std::fabs(got - exact) / unit;
+}
+
+template <class F, class G>
+static void check(const char* name, F function, G exact, double bound, bool (*inside)(float)) {
+    double worst = 0;
+    float where = 0;
+    std::uint32_t bits = 0;
+    for (long k = 0; k < (1L << 32) / 499; k += W) {
+        V x;
+        for (int i = 0; i < W; ++i, bits += 499) {
+            const float value = from_bits(bits);
+            x[i] = inside(value) ? value : 0.5f;
+        }
+        const V y = function(x);
+        for (int i = 0; i < W; ++i) {
+            const double want = exact(double(x[i]));
+            if (static_cast<float>(want) == y[i]) continue;  // infinities too
+            const double error = ulps(y[i], want);
+            if (!(error <= worst)) worst = error, where = x[i];
+        }
+    }
+    std::printf("%-9s at most %.2f ulp, at %a\n", name, worst, where);
+    if (!(worst <= bound)) {
+        std::printf("FAILED: %s is off by %.2f ulp at %a, bound %.2f\n", name, worst, where, bound);
+        ++failures;
+    }
+}
+
+static void expect(bool condition, const char* what) {
+    if (condition) return;
+    std::printf("FAILED: %s\n", what);
+    ++failures;
+}
+
+int main() {
+    // Two ulp: what a sum of rounded terms may lose; torch's own vectorised functions promise one.
+    check("exp", [](V x) { return M::exp(x); }, [](double x) { return std::exp(x); }, 2, [](float x) { return x == x; });
+    check("log", [](V x) { return M::log(x); }, [](double x) { return std::log(x); }, 2,
+          [](float x) { return x >= M::tiny; });
+    check("log1p", [](V x) { return M::log1p(x); }, [](double x) { return std::log1p(x); }, 2,
+          [](float x) { return x >= 0 && x <= 1; });
+    check("tanh", [](V x) { return M::tanh(x); }, [](double x) { return std::tanh(x); }, 2,
+          [](float x) { return x == x; });
+    check("sqrt", [](V x) { return M::sqrt(x); }, [](double x) { return std::sqrt(x); }, 0.5,
+          [](float x) { return x >= 0; });
+    // sigmoid and softplus add the rounding of two operations to that of exp
+    check("sigmoid", [](V x) { return sigmoid<M>(x); }, [](double x) { return 1 / (1 + std::exp(-x)); }, 4,
+          [](float x) { return x > -87; });  // below, e^-x overflows and a denormal answer becomes 0
+    check("softplus", [](V x) { return softplus<M>(x); },
+          [](double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(-std::fabs(x))); }, 4,
+          [](float x) { return x == x; });
+
+    const float nan = std::nanf("");
+    const V poison = V{} + nan;
+    const V answers[] = {M::exp(poison),         M::log(poison),      M::log1p(poison),        M::tanh(poison),
+                         M::sqrt(poison),        sigmoid<M>(poison),  softplus<M>(poison),     clamp<M>(poison, 20.0f)};
+    for (const V& answer : answers)
+        for (int i = 0; i < W; ++i) expect(answer[i] != answer[i], "NaN in, NaN out");
+    expect(M::exp(1000.0f) == M::infinity && M::exp(-1000.0f) == 0, "exp of what is far out");
+    expect(M::log(M::infinity) == M::infinity, "log of infinity");
+
+    // Tiles read and write exactly the n elements they are given.
+    Thread<float> team;
+    for (Size n = 1; n <= 3 * W + 1; ++n) {
+        std::vector<float> in(n), out(n + 2 * W, -1.0f);
+        float total = 0, highest = -M::infinity;
+        for (Size i = 0; i < n; ++i) in[i] = float((i * 7) % 13) - 20, total += in[i], highest = std::max(highest, in[i]);
+        V sum{}, top = V{} - M::infinity;
+        team.tiles(n, [&](auto tile) {
+            const V v = tile.load(in.data());
+            sum += tile.only(v, 0.0f);
+            const V w = tile.only(v, -M::infinity);
+            top = M::select(w > top, w, top);
+            tile.store(out.data() + W, v);
+        });
+        expect(team.sum(sum) == total, "sum over tiles");  // small integers: exact in any order
+        expect(team.max(top) == highest, "maximum over tiles, all negative");
+        for (Size i = 0; i < n + 2 * W; ++i)
+            expect(out[i] == (i < W || i >= n + W ? -1.0f : in[i - W]), "tiles stay inside");
+    }
+    for (Size rows = 1; rows <= 9; ++rows) {
+        const Size n = W + 3;
+        std::vector<float> x(rows * n), ones(rows), twos(rows);
+        for (Size i = 0; i < rows * n; ++i) x[i] = float(i % 5);
+        team.rows<2>(
+            rows, n,
+            [&](auto block, auto tile, auto& sums) {
+                unroll<block.count>([&](auto k) {
+                    sums[k][0] += tile.load(x.data() + (block.first + k) * n);
+                    sums[k][1] += 2 * tile.load(x.data() + (block.first + k) * n);
+                });
+            },
+            [&](Size row, const float* sum) { ones[row] = sum[0], twos[row] = sum[1]; });
+        for (Size row = 0; row < rows; ++row) {
+            float want = 0;
+            for (Size i = 0; i < n; ++i) want += x[row * n + i];
+            expect(ones[row] == want && twos[row] == 2 * want, "sums of rows");
+        }
+    }
+    return failures;
+}

@@ -1,0 +1,30 @@
+"""The native core alone, without Python: compiled for every CPU variant that this machine can run."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ntm_fast import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+# As in CMakeLists.txt: the answers depend on what the compiler may do with floating point.
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"]
+VARIANTS = {"baseline": (1, []), "x86-64-v3": (3, ["-march=x86-64-v3"]), "x86-64-v4": (4, ["-march=x86-64-v4"])}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_elementary_functions_and_tiles(variant, tmp_path):
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    level, flags = VARIANTS[variant]
+    if _native.available("cpu") and level > _native._extension().cpu_level():
+        pytest.skip(f"this processor cannot run {variant}")
+    program = tmp_path / "elementary"
+    source = ROOT / "tests" / "native" / "elementary.cpp"
+    build = [compiler, *FLAGS, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
+    subprocess.run(build, check=True, timeout=120)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
