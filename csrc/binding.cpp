@@ -72,7 +72,7 @@ struct From {
 };
 template <class Struct, class... Members>
 struct FromMembers {
-    static constexpr Py_ssize_t width = sizeof...(Members);
+    static constexpr Py_ssize_t width = (0 + ... + From<Members>::width);
     static Struct python(PyObject* const*& values) {
         return {From<Members>::python(values)...};  // braces: from left to right
     }
@@ -83,6 +83,8 @@ template <>
 struct From<StepSizes> : FromMembers<StepSizes, Size, Size, Size, Size, Size, Size> {};
 template <>
 struct From<StepOptions> : FromMembers<StepOptions, int, int, int, double, double> {};
+template <>
+struct From<SequenceSizes> : FromMembers<SequenceSizes, Size, Size, Size, Size, int, StepSizes, Size> {};
 
 template <class... Parameters>
 PyObject* call(const char* backend, Error (*operation)(Parameters...), PyObject* const* values, Py_ssize_t count) {
@@ -147,6 +149,8 @@ const std::map<std::string, Entry> operators = {
     {"lstm_gates_backward", entry<&F::lstm_gates_backward, &D::lstm_gates_backward>},
     {"gru_gates", entry<&F::gru_gates, &D::gru_gates>},
     {"gru_gates_backward", entry<&F::gru_gates_backward, &D::gru_gates_backward>},
+    {"sequence", entry<&F::sequence, &D::sequence>},
+    {"sequence_backward", entry<&F::sequence_backward, &D::sequence_backward>},
 };
 
 }  // namespace

@@ -9,7 +9,7 @@
 // A memory is location-minor, [B, M, N]: seen from PyTorch, the transpose of the paper's (B, N, M).
 #pragma once
 
-#include "core/step.h"
+#include "core/sequence.h"
 
 namespace ntm {
 
@@ -137,6 +137,30 @@ struct Operators {
                                 const T* input_gates, const T* hidden_gates, const T* hidden,
                                 const T* grad_new_hidden,  // [B, H]
                                 T* grad_input_gates, T* grad_hidden_gates, T* grad_hidden, Launch);
+    // The whole sequence; see core/sequence.h. weights: for every layer weight_fed [gates, fed], weight_hh [gates, H],
+    // bias_x and bias_y [gates]; then the heads' weight [P, H] and bias [P]. The state comes in as the initial one and
+    // goes out as the final one. keep: leave behind what the backward needs.
+    Error (*sequence)(SequenceSizes, StepOptions, int keep,
+                      const T* weights,
+                      T* memory, T* read_weights, T* write_weights, T* reads, T* hidden, T* cell,  // state
+                      T* x, T* y, T* all_hidden, T* all_cell, T* params, T* all_reads,             // trail
+                      T* all_read_weights, T* all_write_weights, T* all_memory,
+                      Launch);
+    // The gradient of the state comes in as that of the final one and goes out as that of the initial one.
+    Error (*sequence_backward)(SequenceSizes, StepOptions,
+                               const T* weights,
+                               const T* memory, const T* read_weights, const T* write_weights, const T* hidden,
+                               const T* cell,          // the initial state
+                               const T* final_memory,  // [B, M, N]
+                               const T* x, const T* y, const T* all_hidden, const T* all_cell, const T* params,
+                               const T* all_read_weights, const T* all_write_weights, const T* all_memory,
+                               const T* grad_hidden,  // [T, B, H]
+                               const T* grad_reads,   // [T, B, R M]
+                               T* grad_memory, T* grad_read_weights, T* grad_write_weights, T* grad_state_reads,
+                               T* grad_state_hidden, T* grad_state_cell,  // gradient of the state
+                               T* grad_x, T* grad_y,  // [L, T, B, gates]
+                               T* grad_params,        // [T, B, P]
+                               Launch);
 };
 
 struct Backend {

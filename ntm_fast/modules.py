@@ -14,7 +14,7 @@ from . import ops, recurrence, reference
 from .controllers import CONTROLLERS
 from .state import NTMState, NTMTrace
 
-ENGINES = ("auto", "step", "reference")
+ENGINES = ("auto", "sequence", "step", "reference")
 MEMORY_INITS = ("constant", "learned", "learned_constant", "random")
 ACTIVATIONS = ("tanh", "identity")
 INITIAL_FOCUS = 5.0  # logit of location 0 in the first weightings, the others' being 0; see docs/decisions.md
@@ -57,6 +57,7 @@ class _NTM(nn.Module):
         add_activation: str = "tanh",
         clip: float | None = 20.0,
         engine: str = "auto",
+        memory_checkpoint: str | int = "auto",
         device=None,
         dtype=None,
     ) -> None:
@@ -85,6 +86,10 @@ class _NTM(nn.Module):
         self.add_activation = _choice("add_activation", add_activation, ACTIVATIONS)
         self.clip = clip
         self.engine = _choice("engine", engine, ENGINES)
+        if isinstance(memory_checkpoint, str):
+            self.memory_checkpoint = _choice("memory_checkpoint", memory_checkpoint, ("auto", "all"))
+        else:
+            self.memory_checkpoint = _count("memory_checkpoint", memory_checkpoint)
 
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: got {dtype!r}, expected a floating dtype")
@@ -139,16 +144,21 @@ class _NTM(nn.Module):
             controller=self.controller.initial_state(batch_size),
         )
 
-    def _kernels(self, inputs: Tensor) -> ModuleType:
-        """The functions that this engine calls: :mod:`ops` or :mod:`reference`."""
+    def _choose_engine(self, inputs: Tensor) -> str:
+        """The engine that serves these inputs. Raises RuntimeError where a forced one cannot."""
         if self.engine == "reference":
-            return reference
-        reason = ops.why_not_native(inputs.device, self.heads.weight.dtype)
-        if reason is None:
-            return ops
-        if self.engine == "step":
-            raise RuntimeError(f"engine='step' cannot serve: {reason}")
-        return reference
+            return "reference"
+        device, dtype = inputs.device, self.heads.weight.dtype
+        step = ops.why_not_native(device, dtype)
+        sequence = step or ops.why_not_native(device, dtype, "sequence")
+        if self.controller_type == "feedforward":
+            sequence = sequence or "its controllers are LSTM and GRU, not feedforward"
+        reason = {"step": step, "sequence": sequence, "auto": None}[self.engine]
+        if reason is not None:
+            raise RuntimeError(f"engine={self.engine!r} cannot serve: {reason}")
+        if self.engine != "auto":
+            return self.engine
+        return "sequence" if sequence is None else "step" if step is None else "reference"
 
     def _check_inputs(self, inputs: Tensor, dimensions: int) -> None:
         if not isinstance(inputs, Tensor):
@@ -242,14 +252,17 @@ class _NTM(nn.Module):
 
     def _run(self, inputs: Tensor, state: NTMState, records: list | None = None) -> tuple[Tensor, NTMState]:
         """inputs (T, B, I) -> outputs (T, B, O) and the final state. ``records`` collects what a trace shows."""
-        kernels = self._kernels(inputs)
+        engine = self._choose_engine(inputs)
         *memory, controller_state = state
         tensors = (*memory, *controller_state, *self._weights())
-        plain = kernels is reference or records is not None or torch.compiler.is_compiling() or ops.transforming()
+        plain = engine == "reference" or records is not None or torch.compiler.is_compiling() or ops.transforming()
         if plain or inputs.shape[1] == 0 or torch.is_autocast_enabled(inputs.device.type):
+            kernels = reference if engine == "reference" else ops
             features, *final = self._loop(kernels, inputs, *tensors, records=records)
         else:
             plan = recurrence.Plan(
+                engine=engine,
+                memory_checkpoint=self.memory_checkpoint,
                 controller=self.controller_type,
                 layers=self.num_layers,
                 state_tensors=len(controller_state),
@@ -295,8 +308,12 @@ class FastNTM(_NTM):
         key_activation, add_activation: ``"tanh"`` or ``"identity"``.
         clip: raw head parameters are clamped to +-clip; ``None`` switches it off.
         batch_first: batched inputs and outputs are (B, T, ...) instead of (T, B, ...). States are not affected.
-        engine: ``"step"`` (one native call per memory step), ``"reference"`` (plain PyTorch) or ``"auto"``, the
-            fastest that can serve. A forced engine that cannot serve raises a ``RuntimeError`` with the reason.
+        engine: ``"sequence"`` (one native call for all steps; LSTM and GRU), ``"step"`` (one native call per memory
+            step), ``"reference"`` (plain PyTorch) or ``"auto"``, the fastest that can serve. A forced engine that
+            cannot serve raises a ``RuntimeError`` with the reason.
+        memory_checkpoint: of the sequence engine in training: ``"all"`` keeps the memory of every step for backward, a
+            number K that of every K-th step, and writes those between again. ``"auto"``: all of them up to 16 MB,
+            beyond that every sqrt(T)-th, which is then the faster choice too.
 
     Shapes: inputs (T, B, I), (B, T, I) with ``batch_first``, or unbatched (T, I). Outputs likewise with O features;
     they are logits. States are described in :class:`NTMState`.

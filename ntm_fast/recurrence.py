@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _native, ops
+from .sequence import SequenceTape
 
 
 class _Layer:
@@ -202,6 +203,8 @@ def _run(name: str, batch: int, hidden_size: int, *tensors: Tensor) -> None:
 class Plan(NamedTuple):
     """What a sequence needs besides tensors."""
 
+    engine: str  # "step" or "sequence"
+    memory_checkpoint: str | int  # of the sequence engine: "auto", "all" or every how many steps a memory is kept
     controller: str
     layers: int
     state_tensors: int  # of the controller: 2 for an LSTM, 1 for a GRU, 0 for feedforward
@@ -209,7 +212,7 @@ class Plan(NamedTuple):
     reference: Callable  # (inputs, state tensors, weights) -> the same outputs, differentiable to any order
 
 
-class _Tape:
+class StepTape:
     """A sequence on its way forward, and what backward needs of it."""
 
     def __init__(self, plan: Plan, keep: bool, inputs: Tensor, tensors: tuple[Tensor, ...]):
@@ -265,11 +268,12 @@ class _Tape:
             self._call("memory_step", *before, params, reads, memory, read_weights, write_weights)
             features += (hidden, reads.view(self.batch, -1))
             if self.keep:
+                self.params.append(params)
+                self.hidden.append(hidden)
+            if self.keep and not last:
                 self.memory.append(memory)
                 self.read_weights.append(read_weights)
                 self.write_weights.append(write_weights)
-                self.params.append(params)
-                self.hidden.append(hidden)
         width = hidden.shape[1] + reads[0].numel()
         stacked = torch.cat(features, 1).view(self.batch, self.steps, width).transpose(0, 1)
         states = zip(*(layer.state for layer in self.layers))
@@ -333,16 +337,18 @@ class _Tape:
         return grad_inputs, grad_memory.transpose(1, 2), *grad_weights, fed.view_as(reads), *states, *weights, *heads
 
 
+_TAPES = {"step": StepTape, "sequence": SequenceTape}
+
+
 class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, inputs, *tensors):
         ctx.plan = plan
-        ctx.tape = tape = _Tape(plan, True, inputs, tensors)
-        outputs = tape.forward()
+        ctx.tape = _TAPES[plan.engine](plan, True, inputs, tensors)
+        outputs = ctx.tape.forward()
         # The final memory and weights are kept by torch: it notices when they are changed in place before backward,
         # and a tape that held them would hold, through their graph, itself.
         ctx.save_for_backward(inputs, *tensors, *outputs[1:4])
-        del tape.memory[-1], tape.read_weights[-1], tape.write_weights[-1]
         return outputs
 
     @staticmethod
@@ -365,4 +371,4 @@ def run(plan: Plan, inputs: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (inputs, *tensors)):
         return _Sequence.apply(plan, inputs, *tensors)
-    return _Tape(plan, False, inputs, tensors).forward()
+    return _TAPES[plan.engine](plan, False, inputs, tensors).forward()

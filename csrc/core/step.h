@@ -22,7 +22,8 @@ struct StepSizes {
 
     // Raw parameters of one head, and of one element: read heads, write heads, then e and a of every write head.
     constexpr Size head() const { return M + K + 3; }
-    constexpr Size params() const { return (R + W) * head() + 2 * W * M; }
+    constexpr Size write_params() const { return (R + W) * head(); }  // where e and a begin
+    constexpr Size params() const { return write_params() + 2 * W * M; }
 
     // Scratch of one element.
     constexpr Size forward_scratch() const {
@@ -56,8 +57,17 @@ struct Activated {
         team.sync();
         return head;
     }
+
+    // e and a of every write head
+    template <class Team>
+    NTM_FN void write_vectors(const Team& team, const StepSizes& s, const StepOptions& o, const T* params) const {
+        const T* raw = params + s.write_params();
+        for (Size h = 0; h < s.W; ++h)
+            activate_write(team, s.M, T(o.clip), o.add_tanh, raw + 2 * h * s.M, erase + h * s.M, add + h * s.M);
+    }
 };
 
+// new_memory may be memory, and the new weights the old ones.
 template <class Team, class T = typename Team::Real>
 NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions& o,
                         const T* memory,                                   // [M, N]
@@ -71,23 +81,27 @@ NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions&
     const Addressing<T> at(arena, s.N, s.K);
     const Size N = s.N, M = s.M;
     const T eps = T(o.eps);
-    const T* writing = params + (s.R + s.W) * s.head();
+    auto read_all = [&](const T* source) {
+        for (Size h = 0; h < s.R; ++h) {
+            const Head<T> head = active.head(team, s, o, h, params);
+            address(team, N, M, s.K, eps, source, read_weights + h * N, head, at, new_read_weights + h * N);
+            read(team, N, M, source, new_read_weights + h * N, reads + h * M);
+        }
+    };
+
+    if (o.read_first) read_all(memory);
+    active.write_vectors(team, s, o, params);
     for (Size h = 0; h < s.W; ++h) {
-        activate_write(team, M, T(o.clip), o.add_tanh, writing + 2 * h * M, active.erase + h * M, active.add + h * M);
         const Head<T> head = active.head(team, s, o, s.R + h, params);
         address(team, N, M, s.K, eps, memory, write_weights + h * N, head, at, new_write_weights + h * N);
     }
     team.sync();
     write(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, new_memory);
-    const T* source = o.read_first ? memory : new_memory;
-    for (Size h = 0; h < s.R; ++h) {
-        const Head<T> head = active.head(team, s, o, h, params);
-        address(team, N, M, s.K, eps, source, read_weights + h * N, head, at, new_read_weights + h * N);
-        read(team, N, M, source, new_read_weights + h * N, reads + h * M);
-    }
+    if (!o.read_first) read_all(new_memory);
 }
 
-// Recomputes what lies between the inputs and the outputs, and walks back.
+// Recomputes what lies between the inputs and the outputs, and walks back. The gradients of memory and weights may lie
+// where those of the new ones do.
 template <class Team, class T = typename Team::Real>
 NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const StepOptions& o, const T* memory,
                                  const T* read_weights, const T* write_weights, const T* params, const T* new_memory,
@@ -102,7 +116,6 @@ NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const Ste
     T* grad_written = arena.take(s.W * s.N);
     const Size N = s.N, M = s.M;
     const T clip = T(o.clip), eps = T(o.eps);
-    const Size first_write = (s.R + s.W) * s.head();
 
     // dM, the gradient of M_t on its way back to M_{t-1}, is held in grad_memory from the first pass over it on.
     const T* dM = grad_new_memory;
@@ -124,19 +137,16 @@ NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const Ste
     };
 
     if (!o.read_first) through_reads(new_memory);
-    for (Size h = 0; h < s.W; ++h) {
-        const Size at_write = first_write + 2 * h * M;
-        activate_write(team, M, clip, o.add_tanh, params + at_write, active.erase + h * M, active.add + h * M);
-    }
+    active.write_vectors(team, s, o, params);
     team.tiles(s.W * N, [&](auto tile) NTM_INLINE { tile.store(grad_written, tile.load(grad_new_write_weights)); });
     team.sync();
-    T* grad_erase = grad_params + first_write;  // e and a of a head lie one after the other: a stride of 2M
+    T* grad_erase = grad_params + s.write_params();  // e and a of a head lie one after the other: a stride of 2M
     write_backward(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, dM, grad_memory,
                    grad_written, grad_erase, grad_erase + M, 2 * M);
     dM = grad_memory;
     team.sync();
     for (Size h = 0; h < s.W; ++h) {
-        const Size at_write = first_write + 2 * h * M;
+        const Size at_write = s.write_params() + 2 * h * M;
         activate_write_backward(team, M, clip, o.add_tanh, params + at_write, active.erase + h * M,
                                 active.add + h * M, grad_params + at_write);
         through_head(s.R + h, memory, write_weights + h * N, new_write_weights + h * N, grad_written + h * N,

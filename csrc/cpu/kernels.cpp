@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <vector>
 
-#include "core/controller.h"
-#include "core/step.h"
+#include "core/sequence.h"
+#include "cpu/product.h"
 #include "cpu/thread.h"
 #include "operators.h"
 
@@ -26,7 +27,9 @@ Error parallel(Size items, Size cost, Size scratch, const Launch& launch, F f) {
     const std::unique_ptr<T[], Aligned> memory(
         static_cast<T*>(::operator new[](threads * piece * sizeof(T), std::align_val_t(64), std::nothrow)));
     if (!memory) return "ntm_fast: out of memory for the scratch of the CPU kernels";
-    auto share = [&](Size thread) {
+    // One copy of the code, whether one thread runs it or several: in two, the compiler may fuse different products and
+    // sums, and the answers would depend on the number of threads.
+    auto share = [&](Size thread) __attribute__((noinline, noclone)) {
         T* own = memory.get() + thread * piece;
         for (Size i = items * thread / threads; i < items * (thread + 1) / threads; ++i) f(Thread<T>{}, i, own);
     };
@@ -266,6 +269,101 @@ Error gru_gates_backward(Size B, Size H, const T* x, const T* y, const T* hidden
     });
 }
 
+constexpr Size sequence_tile = 8;  // elements that share a pass over the weights
+
+// A thread with the product that a sequence needs
+template <class T>
+struct SequenceThread : Thread<T> {
+    void product(Size E, Size K, Size C, const T* in, const T* packed, T* out) const {
+        cpu::product(E, K, C, in, packed, out);
+    }
+};
+
+// The weights of a whole sequence, packed for one direction
+template <class T>
+struct PackedSequence {
+    std::vector<T> storage;
+    std::vector<LayerWeights<T>> layers;
+    SequenceWeights<T> weights;
+
+    PackedSequence(const SequenceSizes& s, const T* raw, bool backward) {
+        const Size G = s.gates(), P = s.step.params();
+        auto size = [&](Size inputs, Size outputs) {
+            return backward ? packed_size<T>(outputs, inputs) : packed_size<T>(inputs, outputs);
+        };
+        Size total = size(s.H, P);
+        for (Size l = 0; l < s.L; ++l) total += size(s.fed(l), G) + size(s.H, G);
+        storage.resize(total);
+        T* next = storage.data();
+        // A weight is stored [outputs, inputs], as torch does.
+        auto take = [&](Size inputs, Size outputs) {
+            T* packed = next;
+            if (backward)
+                pack(outputs, inputs, raw, inputs, 1, packed);
+            else
+                pack(inputs, outputs, raw, 1, inputs, packed);
+            next += size(inputs, outputs);
+            raw += inputs * outputs;
+            return packed;
+        };
+        for (Size l = 0; l < s.L; ++l) {
+            const T *fed = take(s.fed(l), G), *hidden = take(s.H, G);
+            layers.push_back({fed, hidden, raw, raw + G});
+            raw += 2 * G;
+        }
+        const T* heads = take(s.H, P);
+        weights = {layers.data(), heads, raw};
+    }
+};
+
+// Calls f(team, first, count, scratch) for tiles of the batch, of nearly the same size, the same number on every thread.
+template <class T, class F>
+Error sequence_tiles(const SequenceSizes& s, Size scratch, const Launch& launch, F f) {
+    if (s.B == 0) return nullptr;
+    const Size threads = std::min<Size>(launch.threads, s.B);
+    const Size per_thread = (s.B + threads - 1) / threads;
+    const Size tiles = threads * ((per_thread + sequence_tile - 1) / sequence_tile);
+    return parallel<T>(std::min(tiles, s.B), grain, scratch, launch, [=](auto, Size i, T* own) {
+        const Size count = std::min(tiles, s.B), first = s.B * i / count, end = s.B * (i + 1) / count;
+        f(SequenceThread<T>{}, first, end - first, own);
+    });
+}
+
+template <class T>
+Error sequence(SequenceSizes s, StepOptions o, int keep, const T* weights, T* memory, T* read_weights,
+               T* write_weights, T* reads, T* hidden, T* cell, T* x, T* y, T* all_hidden, T* all_cell, T* params,
+               T* all_reads, T* all_read_weights, T* all_write_weights, T* all_memory, Launch launch) {
+    const PackedSequence<T> packed(s, weights, false);
+    const SequenceState<T> state = {memory, read_weights, write_weights, reads, hidden, cell};
+    const SequenceTrail<T> trail = {x,         y,         all_hidden,       all_cell,          params,
+                                    all_reads, all_read_weights, all_write_weights, all_memory};
+    return sequence_tiles<T>(s, s.step.forward_scratch(), launch, [&](auto team, Size first, Size count, T* scratch) {
+        ntm::sequence(team, s, o, first, count, keep != 0, packed.weights, state, trail, scratch);
+    });
+}
+
+template <class T>
+Error sequence_backward(SequenceSizes s, StepOptions o, const T* weights, const T* memory, const T* read_weights,
+                        const T* write_weights, const T* hidden, const T* cell, const T* final_memory, const T* x,
+                        const T* y, const T* all_hidden, const T* all_cell, const T* params,
+                        const T* all_read_weights, const T* all_write_weights, const T* all_memory,
+                        const T* grad_hidden, const T* grad_reads, T* grad_memory, T* grad_read_weights,
+                        T* grad_write_weights, T* grad_state_reads, T* grad_state_hidden, T* grad_state_cell,
+                        T* grad_x, T* grad_y, T* grad_params, Launch launch) {
+    const PackedSequence<T> packed(s, weights, true);
+    const SequenceState<const T> initial = {memory, read_weights, write_weights, nullptr, hidden, cell};
+    const SequenceTrail<const T> trail = {x,       y,                all_hidden,        all_cell,  params,
+                                          nullptr, all_read_weights, all_write_weights, all_memory};
+    const SequenceState<T> grad = {grad_memory,      grad_read_weights, grad_write_weights,
+                                   grad_state_reads, grad_state_hidden, grad_state_cell};
+    const SequenceGrads<T> out = {grad_x, grad_y, grad_params};
+    const Size scratch_size = sequence_backward_scratch(s, std::min(s.B, sequence_tile));
+    return sequence_tiles<T>(s, scratch_size, launch, [&](auto team, Size first, Size count, T* scratch) {
+        ntm::sequence_backward(team, s, o, first, count, packed.weights, initial, final_memory, trail, grad_hidden,
+                               grad_reads, grad, out, scratch);
+    });
+}
+
 template <class T>
 constexpr Operators<T> operators() {
     return {content_addressing<T>, content_addressing_backward<T>,
@@ -277,7 +375,8 @@ constexpr Operators<T> operators() {
             read<T>,               read_backward<T>,
             memory_step<T>,        memory_step_backward<T>,
             lstm_gates<T>,         lstm_gates_backward<T>,
-            gru_gates<T>,          gru_gates_backward<T>};
+            gru_gates<T>,          gru_gates_backward<T>,
+            sequence<T>,           sequence_backward<T>};
 }
 
 const Backend backend = {NTM_VARIANT, operators<float>(), operators<double>()};

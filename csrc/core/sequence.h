@@ -1,0 +1,240 @@
+// A whole sequence: the controller, the heads and the memory through all T steps, for a tile of batch elements that
+// stays in cache. What is not recurrent is left outside: the inputs' share of the first layer's gates comes in, and the
+// gradients of the gates and of the raw head parameters go out, to become weight gradients in one product.
+//
+// Beyond what team.h names, the Team here provides
+//   product(E, K, C, in, packed, out)   out[e, c] += sum_k in[e, k] weight[k, c], rows contiguous, weight packed
+//   packed_size(K, C)                   of a packed weight
+#pragma once
+
+#include "core/controller.h"
+#include "core/step.h"
+
+namespace ntm {
+
+// T steps, B elements, L layers of H units. The step's sizes are those of one memory.
+struct SequenceSizes {
+    Size T, B, L, H;
+    int gru;  // else LSTM
+    StepSizes step;
+    Size every;  // a memory is kept before every such step, counted from 0; step 0 has its own
+
+    constexpr Size gates() const { return (gru ? 3 : 4) * H; }
+    constexpr Size read_size() const { return step.R * step.M; }
+    constexpr Size fed(Size layer) const { return layer ? H : read_size(); }
+    constexpr Size memory() const { return step.M * step.N; }
+};
+
+// Weights of a layer: packed for the direction in which they are used, and the biases that are not in the gates yet.
+template <class T>
+struct LayerWeights {
+    const T* fed;     // forward: fed -> gates, backward: gates -> fed
+    const T* hidden;  // likewise
+    const T* bias_x;  // [gates]; null where the gates come with it
+    const T* bias_y;  // [gates]; GRU
+};
+
+template <class T>
+struct SequenceWeights {
+    const LayerWeights<T>* layers;  // [L]
+    const T* heads;                 // packed: H -> P, backward: P -> H
+    const T* heads_bias;            // [P]
+};
+
+template <class T>
+struct SequenceState {
+    T* memory;         // [B, M, N]
+    T* read_weights;   // [B, R, N]
+    T* write_weights;  // [B, W, N]
+    T* reads;          // [B, R M]
+    T* hidden;         // [L, B, H]
+    T* cell;           // [L, B, H]; LSTM
+};
+
+// What every step leaves behind. Without backward only x of the first layer, hidden and reads have T steps; the others
+// have one, or two that take turns.
+template <class T>
+struct SequenceTrail {
+    T* x;              // [L, T, B, gates]  the gates' products; for a GRU those of what the layer is fed
+    T* y;              // [L, T, B, gates]  GRU: those of the hidden state
+    T* hidden;         // [L, T, B, H]
+    T* cell;           // [L, T, B, H]      LSTM
+    T* params;         // [T, B, P]
+    T* reads;          // [T, B, R M]
+    T* read_weights;   // [T, B, R, N]
+    T* write_weights;  // [T, B, W, N]
+    T* memory;         // [(T-1) / every, B, M, N]
+};
+
+// Sequence positions: where an element's piece of a [L, slots, B, size] array lies.
+template <class T>
+NTM_FN T* at(T* array, Size slots, Size B, Size size, Size layer, Size slot, Size b) {
+    return array + ((layer * slots + slot) * B + b) * size;
+}
+
+template <class Team, class T = typename Team::Real>
+NTM_FN void copy(const Team& team, Size count, const T* from, T* to) {
+    team.tiles(count, [&](auto tile) NTM_INLINE { tile.store(to, tile.load(from)); });
+}
+
+// Elements first .. first + E - 1 through all steps. state comes in as the initial one and goes out as the final one.
+template <class Team, class T = typename Team::Real>
+NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Size E, bool keep,
+                     const SequenceWeights<T>& w, const SequenceState<T>& state, const SequenceTrail<T>& trail,
+                     T* scratch /*of step.forward_scratch*/) {
+    const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
+    const Size RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
+    const Size slots = keep ? s.T : 1;
+    for (Size t = 0; t < s.T; ++t) {
+        const Size slot = keep ? t : 0;
+        if (keep && t && t % s.every == 0)
+            copy(team, E * MN, state.memory + first * MN, trail.memory + ((t / s.every - 1) * B + first) * MN);
+        const T* fed = state.reads + first * F;
+        for (Size l = 0; l < s.L; ++l) {
+            const LayerWeights<T>& layer = w.layers[l];
+            T* x = l ? at(trail.x + s.T * B * G, slots, B, G, l - 1, slot, first) : trail.x + (t * B + first) * G;
+            T* hidden = state.hidden + (l * B + first) * H;
+            T* new_hidden = at(trail.hidden, s.T, B, H, l, t, first);
+            if (l)
+                for (Size e = 0; e < E; ++e) copy(team, G, layer.bias_x, x + e * G);
+            team.product(E, s.fed(l), G, fed, layer.fed, x);
+            if (s.gru) {
+                T* y = at(trail.y, slots, B, G, l, slot, first);
+                for (Size e = 0; e < E; ++e) copy(team, G, layer.bias_y, y + e * G);
+                team.product(E, H, G, hidden, layer.hidden, y);
+                for (Size e = 0; e < E; ++e)
+                    gru_gates(team, H, x + e * G, y + e * G, hidden + e * H, new_hidden + e * H);
+            } else {
+                team.product(E, H, G, hidden, layer.hidden, x);
+                T* cell = state.cell + (l * B + first) * H;
+                T* new_cell = at(trail.cell, slots, B, H, l, slot, first);
+                for (Size e = 0; e < E; ++e)
+                    lstm_gates(team, H, x + e * G, cell + e * H, new_hidden + e * H, new_cell + e * H);
+                copy(team, E * H, new_cell, cell);
+            }
+            copy(team, E * H, new_hidden, hidden);
+            fed = hidden;
+        }
+        T* params = trail.params + (slot * B + first) * P;
+        for (Size e = 0; e < E; ++e) copy(team, P, w.heads_bias, params + e * P);
+        team.product(E, H, P, fed, w.heads, params);
+        T* reads = trail.reads + (t * B + first) * F;
+        for (Size e = 0; e < E; ++e) {
+            const Size b = first + e;
+            T *rw = state.read_weights + b * RN, *ww = state.write_weights + b * WN;
+            memory_step(team, s.step, o, state.memory + b * MN, rw, ww, params + e * P, reads + e * F,
+                        state.memory + b * MN, rw, ww, scratch);
+            if (keep) {
+                copy(team, RN, rw, trail.read_weights + (t * B + b) * RN);
+                copy(team, WN, ww, trail.write_weights + (t * B + b) * WN);
+            }
+        }
+        copy(team, E * F, reads, state.reads + first * F);
+    }
+}
+
+// What goes out of the backward beside the gradients of the initial state.
+template <class T>
+struct SequenceGrads {
+    T* x;       // [L, T, B, gates]
+    T* y;       // [L, T, B, gates]  GRU
+    T* params;  // [T, B, P]
+};
+
+constexpr Size sequence_backward_scratch(const SequenceSizes& s, Size E) {
+    const Size memories = s.every == 1 ? 0 : E * s.every * s.memory();
+    return s.step.backward_scratch() + 2 * E * s.H + s.read_size() + 64 + memories;
+}
+
+// initial: the state before the first step, whose reads are not needed. grad_hidden [T, B, H] and grad_reads
+// [T, B, R M] are those of the outputs. grad comes in as the gradient of the final state and goes out as that of the
+// initial one. Memories between the kept ones are written again, from the kept weights, a segment at a time.
+template <class Team, class T = typename Team::Real>
+NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Size E,
+                              const SequenceWeights<T>& w, const SequenceState<const T>& initial,
+                              const T* final_memory /*[B, M, N]*/, const SequenceTrail<const T>& trail,
+                              const T* grad_hidden, const T* grad_reads, const SequenceState<T>& grad,
+                              const SequenceGrads<T>& out, T* scratch) {
+    const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
+    const Size RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
+    Arena<T> arena{scratch};
+    T *inner = arena.take(s.step.backward_scratch()), *dh = arena.take(E * H), *next = arena.take(E * H);
+    T *dr = arena.take(F), *segment = arena.next;
+
+    // The memory before step t
+    auto memory_before = [&](Size t, Size segment_begin, Size e) -> const T* {
+        const Size b = first + e;
+        if (t == s.T) return final_memory + b * MN;
+        if (t == 0) return initial.memory + b * MN;
+        if (t % s.every == 0) return trail.memory + ((t / s.every - 1) * B + b) * MN;
+        return segment + (e * s.every + t - segment_begin) * MN;
+    };
+    auto rewrite = [&](Size begin, Size end) {
+        for (Size t = begin; t + 1 < end; ++t)
+            for (Size e = 0; e < E; ++e) {
+                Arena<T> own{inner};
+                const Activated<T> active(own, s.step);
+                active.write_vectors(team, s.step, o, trail.params + (t * B + first + e) * P);
+                team.sync();
+                write(team, s.step.W, s.step.N, s.step.M, memory_before(t, begin, e),
+                      trail.write_weights + (t * B + first + e) * WN, active.erase, active.add,
+                      segment + (e * s.every + t + 1 - begin) * MN);
+            }
+    };
+
+    for (Size t = s.T - 1, begin = s.T; t >= 0; --t) {
+        if (t < begin) {
+            const Size end = begin;
+            begin = t / s.every * s.every;
+            rewrite(begin, end);
+        }
+        T* dparams = out.params + (t * B + first) * P;
+        for (Size e = 0; e < E; ++e) {
+            const Size b = first + e;
+            const T* earlier_rw = t ? trail.read_weights + ((t - 1) * B + b) * RN : initial.read_weights + b * RN;
+            const T* earlier_ww = t ? trail.write_weights + ((t - 1) * B + b) * WN : initial.write_weights + b * WN;
+            team.tiles(F, [&](auto tile) NTM_INLINE {
+                tile.store(dr, tile.load(grad_reads + (t * B + b) * F) + tile.load(grad.reads + b * F));
+            });
+            memory_step_backward(team, s.step, o, memory_before(t, begin, e), earlier_rw, earlier_ww,
+                                 trail.params + (t * B + b) * P, memory_before(t + 1, begin, e),
+                                 trail.read_weights + (t * B + b) * RN, trail.write_weights + (t * B + b) * WN,
+                                 dr, grad.memory + b * MN, grad.read_weights + b * RN,
+                                 grad.write_weights + b * WN, grad.memory + b * MN, grad.read_weights + b * RN,
+                                 grad.write_weights + b * WN, dparams + e * P, inner);
+        }
+        copy(team, E * H, grad_hidden + (t * B + first) * H, dh);
+        team.product(E, P, H, dparams, w.heads, dh);
+        for (Size l = s.L - 1; l >= 0; --l) {
+            const LayerWeights<T>& layer = w.layers[l];
+            T* dhidden = grad.hidden + (l * B + first) * H;
+            T* dx = at(out.x, s.T, B, G, l, t, first);
+            const T* x = at(trail.x, s.T, B, G, l, t, first);
+            team.tiles(E * H, [&](auto tile) NTM_INLINE { tile.store(dh, tile.load(dh) + tile.load(dhidden)); });
+            T* dy = dx;
+            if (s.gru) {
+                dy = at(out.y, s.T, B, G, l, t, first);
+                const T* y = at(trail.y, s.T, B, G, l, t, first);
+                const T* hidden = t ? at(trail.hidden, s.T, B, H, l, t - 1, first) : initial.hidden + (l * B + first) * H;
+                for (Size e = 0; e < E; ++e)
+                    gru_gates_backward(team, H, x + e * G, y + e * G, hidden + e * H, dh + e * H, dx + e * G,
+                                       dy + e * G, dhidden + e * H);
+            } else {
+                const T* cell = t ? at(trail.cell, s.T, B, H, l, t - 1, first) : initial.cell + (l * B + first) * H;
+                const T* new_cell = at(trail.cell, s.T, B, H, l, t, first);
+                T* dcell = grad.cell + (l * B + first) * H;
+                for (Size e = 0; e < E; ++e)
+                    lstm_gates_backward(team, H, x + e * G, cell + e * H, new_cell + e * H,
+                                        dh + e * H, dcell + e * H, dx + e * G, dcell + e * H);
+                team.tiles(E * H, [&](auto tile) NTM_INLINE { tile.store(dhidden, typename Team::V{}); });
+            }
+            team.product(E, G, H, dy, layer.hidden, dhidden);
+            T* below = l ? next : grad.reads + first * F;
+            team.tiles(E * s.fed(l), [&](auto tile) NTM_INLINE { tile.store(below, typename Team::V{}); });
+            team.product(E, G, s.fed(l), dx, layer.fed, below);
+            std::swap(dh, next);
+        }
+    }
+}
+
+}  // namespace ntm
