@@ -17,7 +17,7 @@ from . import _native, ops
 if TYPE_CHECKING:
     from .recurrence import Plan
 
-ALL_MEMORIES = 1 << 24  # bytes of memories up to which every step's is kept: beyond, writing them again is faster
+ALL_MEMORIES = 1 << 21  # bytes of memories up to which every step's is kept: beyond, writing them again is faster
 
 
 def kept_every(checkpoint: str | int, steps: int, memory_bytes: int) -> int:
@@ -63,7 +63,8 @@ class SequenceTape:
             bias_x = bias_ih if self.gru else bias_ih + bias_hh
             if not layer:
                 self.weight_inputs, bias_inputs = weight_ih[:, : self.inputs_size], bias_x
-            flat += (fed.flatten(), weight_hh.flatten(), bias_x, bias_hh)
+            both = (fed, weight_hh) if self.gru else (torch.cat([fed, weight_hh], 1),)
+            flat += (*(weight.flatten() for weight in both), bias_x, bias_hh)
         self.flat = torch.cat([*flat, heads_weight.flatten(), heads_bias])
 
         slots = self.steps if keep else 1
@@ -142,20 +143,26 @@ class SequenceTape:
         )
 
         def before(first: Tensor, all_steps: Tensor) -> Tensor:
-            """What each step met, (T B, size): the initial value, then each step's but the last."""
-            size = all_steps.shape[-1]
-            return torch.cat([first.reshape(1, self.batch, size), all_steps[:-1]]).view(-1, size)
+            """What each step met, (T, B, size): the initial value, then each step's but the last."""
+            return torch.cat([first.reshape(1, self.batch, -1), all_steps[:-1]])
 
         weights = []
         for layer in range(self.layers):
-            x, y = grad_x[layer].t(), grad_y[layer].t()
             if layer:
-                grad_weight_ih = x @ self.hidden[layer - 1].flatten(0, 1)
+                met = [self.hidden[layer - 1]]
             else:
-                grad_weight_ih = torch.cat([x @ self.inputs, x @ before(self.initial[3], self.reads)], 1)
-            grad_weight_hh = y @ before(self.initial[4][layer], self.hidden[layer])
-            grad_bias_ih = grad_x[layer].sum(0)
-            grad_bias_hh = grad_y[layer].sum(0) if self.gru else grad_bias_ih
+                met = [self.inputs.view(self.steps, self.batch, -1), before(self.initial[3], self.reads)]
+            met.append(before(self.initial[4][layer], self.hidden[layer]))
+            x, y = grad_x[layer], grad_y[layer]
+            grad_bias_ih = x.sum(0)
+            if self.gru:
+                grad_weight_ih = x.t() @ torch.cat(met[:-1], -1).flatten(0, 1)
+                grad_weight_hh, grad_bias_hh = y.t() @ met[-1].flatten(0, 1), y.sum(0)
+            else:  # one product for both
+                joined = x.t() @ torch.cat(met, -1).flatten(0, 1)
+                columns = joined.shape[1] - self.hidden_size
+                grad_weight_ih, grad_weight_hh = joined[:, :columns], joined[:, columns:]
+                grad_bias_hh = grad_bias_ih
             weights += grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh
         params = grad_params.flatten(0, 1)
         heads = params.t() @ self.hidden[-1].flatten(0, 1), params.sum(0)

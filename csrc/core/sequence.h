@@ -22,15 +22,18 @@ struct SequenceSizes {
     constexpr Size gates() const { return (gru ? 3 : 4) * H; }
     constexpr Size read_size() const { return step.R * step.M; }
     constexpr Size fed(Size layer) const { return layer ? H : read_size(); }
+    constexpr Size joined(Size layer) const { return fed(layer) + H; }
+    constexpr Size widest() const { return (L > 1 && H > read_size() ? H : read_size()) + H; }  // of what is joined
     constexpr Size memory() const { return step.M * step.N; }
 };
 
-// Weights of a layer: packed for the direction in which they are used, and the biases that are not in the gates yet.
+// Weights of a layer: packed for the direction in which they are used, and the biases, which the first layer's x comes
+// with.
 template <class T>
 struct LayerWeights {
-    const T* fed;     // forward: fed -> gates, backward: gates -> fed
-    const T* hidden;  // likewise
-    const T* bias_x;  // [gates]; null where the gates come with it
+    const T* fed;     // forward: fed -> gates, backward: gates -> fed; for an LSTM [fed, hidden] in place of fed
+    const T* hidden;  // GRU: hidden -> gates, gates -> hidden
+    const T* bias_x;  // [gates]
     const T* bias_y;  // [gates]; GRU
 };
 
@@ -77,11 +80,17 @@ NTM_FN void copy(const Team& team, Size count, const T* from, T* to) {
     team.tiles(count, [&](auto tile) NTM_INLINE { tile.store(to, tile.load(from)); });
 }
 
+constexpr Size sequence_scratch(const SequenceSizes& s, Size E) {
+    return s.step.forward_scratch() + E * s.widest() + 32;
+}
+
 // Elements first .. first + E - 1 through all steps. state comes in as the initial one and goes out as the final one.
 template <class Team, class T = typename Team::Real>
 NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Size E, bool keep,
                      const SequenceWeights<T>& w, const SequenceState<T>& state, const SequenceTrail<T>& trail,
-                     T* scratch /*of step.forward_scratch*/) {
+                     T* scratch /*of sequence_scratch*/) {
+    Arena<T> arena{scratch};
+    T *inner = arena.take(s.step.forward_scratch()), *joined = arena.take(E * s.widest());
     const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
     const Size RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
     const Size slots = keep ? s.T : 1;
@@ -97,15 +106,21 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
             T* new_hidden = at(trail.hidden, s.T, B, H, l, t, first);
             if (l)
                 for (Size e = 0; e < E; ++e) copy(team, G, layer.bias_x, x + e * G);
-            team.product(E, s.fed(l), G, fed, layer.fed, x);
+            const Size K = s.fed(l);
             if (s.gru) {
+                team.product(E, K, G, fed, layer.fed, x);
                 T* y = at(trail.y, slots, B, G, l, slot, first);
                 for (Size e = 0; e < E; ++e) copy(team, G, layer.bias_y, y + e * G);
                 team.product(E, H, G, hidden, layer.hidden, y);
                 for (Size e = 0; e < E; ++e)
                     gru_gates(team, H, x + e * G, y + e * G, hidden + e * H, new_hidden + e * H);
             } else {
-                team.product(E, H, G, hidden, layer.hidden, x);
+                for (Size e = 0; e < E; ++e) {
+                    copy(team, K, fed + e * K, joined + e * (K + H));
+                    copy(team, H, hidden + e * H, joined + e * (K + H) + K);
+                }
+                team.sync();
+                team.product(E, K + H, G, joined, layer.fed, x);
                 T* cell = state.cell + (l * B + first) * H;
                 T* new_cell = at(trail.cell, slots, B, H, l, slot, first);
                 for (Size e = 0; e < E; ++e)
@@ -123,7 +138,7 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
             const Size b = first + e;
             T *rw = state.read_weights + b * RN, *ww = state.write_weights + b * WN;
             memory_step(team, s.step, o, state.memory + b * MN, rw, ww, params + e * P, reads + e * F,
-                        state.memory + b * MN, rw, ww, scratch);
+                        state.memory + b * MN, rw, ww, inner);
             if (keep) {
                 copy(team, RN, rw, trail.read_weights + (t * B + b) * RN);
                 copy(team, WN, ww, trail.write_weights + (t * B + b) * WN);
@@ -143,7 +158,7 @@ struct SequenceGrads {
 
 constexpr Size sequence_backward_scratch(const SequenceSizes& s, Size E) {
     const Size memories = s.every == 1 ? 0 : E * s.every * s.memory();
-    return s.step.backward_scratch() + 2 * E * s.H + s.read_size() + 64 + memories;
+    return s.step.backward_scratch() + 2 * E * s.H + E * s.widest() + s.read_size() + 80 + memories;
 }
 
 // initial: the state before the first step, whose reads are not needed. grad_hidden [T, B, H] and grad_reads
@@ -159,7 +174,7 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
     const Size RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
     Arena<T> arena{scratch};
     T *inner = arena.take(s.step.backward_scratch()), *dh = arena.take(E * H), *next = arena.take(E * H);
-    T *dr = arena.take(F), *segment = arena.next;
+    T *joined = arena.take(E * s.widest()), *dr = arena.take(F), *segment = arena.next;
 
     // The memory before step t
     auto memory_before = [&](Size t, Size segment_begin, Size e) -> const T* {
@@ -211,27 +226,37 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
             T* dx = at(out.x, s.T, B, G, l, t, first);
             const T* x = at(trail.x, s.T, B, G, l, t, first);
             team.tiles(E * H, [&](auto tile) NTM_INLINE { tile.store(dh, tile.load(dh) + tile.load(dhidden)); });
-            T* dy = dx;
+            const Size K = s.fed(l);
+            T* below = l ? next : grad.reads + first * F;
+            auto clear = [&](Size count, T* array) NTM_INLINE {
+                team.tiles(count, [&](auto tile) NTM_INLINE { tile.store(array, typename Team::V{}); });
+            };
             if (s.gru) {
-                dy = at(out.y, s.T, B, G, l, t, first);
+                T* dy = at(out.y, s.T, B, G, l, t, first);
                 const T* y = at(trail.y, s.T, B, G, l, t, first);
                 const T* hidden = t ? at(trail.hidden, s.T, B, H, l, t - 1, first) : initial.hidden + (l * B + first) * H;
                 for (Size e = 0; e < E; ++e)
                     gru_gates_backward(team, H, x + e * G, y + e * G, hidden + e * H, dh + e * H, dx + e * G,
                                        dy + e * G, dhidden + e * H);
+                team.product(E, G, H, dy, layer.hidden, dhidden);
+                clear(E * K, below);
+                team.product(E, G, K, dx, layer.fed, below);
             } else {
                 const T* cell = t ? at(trail.cell, s.T, B, H, l, t - 1, first) : initial.cell + (l * B + first) * H;
                 const T* new_cell = at(trail.cell, s.T, B, H, l, t, first);
                 T* dcell = grad.cell + (l * B + first) * H;
                 for (Size e = 0; e < E; ++e)
-                    lstm_gates_backward(team, H, x + e * G, cell + e * H, new_cell + e * H,
-                                        dh + e * H, dcell + e * H, dx + e * G, dcell + e * H);
-                team.tiles(E * H, [&](auto tile) NTM_INLINE { tile.store(dhidden, typename Team::V{}); });
+                    lstm_gates_backward(team, H, x + e * G, cell + e * H, new_cell + e * H, dh + e * H, dcell + e * H,
+                                        dx + e * G, dcell + e * H);
+                clear(E * (K + H), joined);
+                team.sync();
+                team.product(E, G, K + H, dx, layer.fed, joined);
+                team.sync();
+                for (Size e = 0; e < E; ++e) {
+                    copy(team, K, joined + e * (K + H), below + e * K);
+                    copy(team, H, joined + e * (K + H) + K, dhidden + e * H);
+                }
             }
-            team.product(E, G, H, dy, layer.hidden, dhidden);
-            T* below = l ? next : grad.reads + first * F;
-            team.tiles(E * s.fed(l), [&](auto tile) NTM_INLINE { tile.store(below, typename Team::V{}); });
-            team.product(E, G, s.fed(l), dx, layer.fed, below);
             std::swap(dh, next);
         }
     }

@@ -292,7 +292,8 @@ struct PackedSequence {
             return backward ? packed_size<T>(outputs, inputs) : packed_size<T>(inputs, outputs);
         };
         Size total = size(s.H, P);
-        for (Size l = 0; l < s.L; ++l) total += size(s.fed(l), G) + size(s.H, G);
+        for (Size l = 0; l < s.L; ++l)
+            total += s.gru ? size(s.fed(l), G) + size(s.H, G) : size(s.joined(l), G);
         storage.resize(total);
         T* next = storage.data();
         // A weight is stored [outputs, inputs], as torch does.
@@ -307,7 +308,8 @@ struct PackedSequence {
             return packed;
         };
         for (Size l = 0; l < s.L; ++l) {
-            const T *fed = take(s.fed(l), G), *hidden = take(s.H, G);
+            const T* fed = take(s.gru ? s.fed(l) : s.joined(l), G);
+            const T* hidden = s.gru ? take(s.H, G) : nullptr;
             layers.push_back({fed, hidden, raw, raw + G});
             raw += 2 * G;
         }
@@ -337,7 +339,8 @@ Error sequence(SequenceSizes s, StepOptions o, int keep, const T* weights, T* me
     const SequenceState<T> state = {memory, read_weights, write_weights, reads, hidden, cell};
     const SequenceTrail<T> trail = {x,         y,         all_hidden,       all_cell,          params,
                                     all_reads, all_read_weights, all_write_weights, all_memory};
-    return sequence_tiles<T>(s, s.step.forward_scratch(), launch, [&](auto team, Size first, Size count, T* scratch) {
+    const Size scratch_size = sequence_scratch(s, std::min(s.B, sequence_tile));
+    return sequence_tiles<T>(s, scratch_size, launch, [&](auto team, Size first, Size count, T* scratch) {
         ntm::sequence(team, s, o, first, count, keep != 0, packed.weights, state, trail, scratch);
     });
 }

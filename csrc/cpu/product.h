@@ -5,6 +5,8 @@
 // on the others in its tile.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/thread.h"
 
 namespace ntm::cpu {
@@ -20,10 +22,17 @@ constexpr Size packed_size(Size K, Size C) {
 // weight[k, c] is at k * stride_k + c * stride_c. Panel p holds columns p * panel_width on, row by row, 0 past C.
 template <class T>
 inline void pack(Size K, Size C, const T* weight, Size stride_k, Size stride_c, T* packed) {
-    for (Size begin = 0; begin < C; begin += panel_width<T>)
-        for (Size k = 0; k < K; ++k)
-            for (Size c = begin; c < begin + panel_width<T>; ++c)
-                *packed++ = c < C ? weight[k * stride_k + c * stride_c] : T(0);
+    constexpr Size width = panel_width<T>;
+    for (Size begin = 0; begin < C; begin += width, packed += width * K) {
+        const Size columns = std::min(width, C - begin);
+        const T* from = weight + begin * stride_c;
+        if (columns < width) std::fill_n(packed, width * K, T(0));
+        if (stride_c == 1)
+            for (Size k = 0; k < K; ++k) std::copy_n(from + k * stride_k, columns, packed + k * width);
+        else  // along the rows of what is stored, for the sake of the reads
+            for (Size c = 0; c < columns; ++c)
+                for (Size k = 0; k < K; ++k) packed[k * width + c] = from[k * stride_k + c * stride_c];
+    }
 }
 
 // R rows by Q panels
