@@ -1,13 +1,12 @@
 """The standard job: one training step of the copy task, on which all engines are compared.
 
-Memory 128 x 20, one read and one write head, shifts -1..1, an LSTM controller of 100; T = 41 (20 vectors of 8 bits, a
-delimiter, 20 vectors to say), 9 inputs, 8 outputs. A step is forward, loss, backward and RMSprop.
+Memory 128 x 20, one read and one write head, shifts -1..1, an LSTM or GRU controller of 100; T = 41 (20 vectors of 8
+bits, a delimiter, 20 vectors to say), 9 inputs, 8 outputs. A step is forward, loss, backward and RMSprop.
 """
 
 from __future__ import annotations
 
-import copy
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,37 +14,44 @@ from torch import Tensor, nn
 
 from ntm_fast import FastNTM, NTMCell
 
-LENGTH, BITS, HIDDEN = 20, 8, 100
-STEPS, INPUTS = 2 * LENGTH + 1, BITS + 1
+STEPS, BITS, HIDDEN = 41, 8, 100
+INPUTS = BITS + 1
+CONTROLLERS = ("lstm", "gru")
+ENGINES = ("sequence", "step", "reference", "compiled reference", "no memory")
+Batch = tuple[Tensor, Tensor]
 
 
-def copy_batch(batch_size: int) -> tuple[Tensor, Tensor]:
-    """Inputs (T, B, 9) and the bits (20, B, 8) to say in the last 20 steps."""
-    bits = torch.randint(0, 2, (LENGTH, batch_size, BITS)).float()
-    inputs = torch.zeros(STEPS, batch_size, INPUTS)
-    inputs[:LENGTH, :, :BITS] = bits
-    inputs[LENGTH, :, BITS] = 1
+def copy_batch(batch_size: int, steps: int = STEPS) -> Batch:
+    """Inputs (T, B, 9) and the bits (length, B, 8) to say in the last steps; the same ones for the same sizes."""
+    length = (steps - 1) // 2
+    bits = torch.randint(0, 2, (length, batch_size, BITS), generator=torch.Generator().manual_seed(batch_size)).float()
+    inputs = torch.zeros(steps, batch_size, INPUTS)
+    inputs[:length, :, :BITS] = bits
+    inputs[length, :, BITS] = 1
     return inputs, bits
 
 
-class LSTM(nn.Module):
-    """What a machine without a memory costs."""
+class Bare(nn.Module):
+    """What a controller without a memory costs: ``nn.LSTM`` or ``nn.GRU``, and a Linear."""
 
-    def __init__(self) -> None:
+    def __init__(self, controller: str) -> None:
         super().__init__()
-        self.lstm, self.output = nn.LSTM(INPUTS, HIDDEN), nn.Linear(HIDDEN, BITS)
+        self.rnn = {"lstm": nn.LSTM, "gru": nn.GRU}[controller](INPUTS, HIDDEN)
+        self.output = nn.Linear(HIDDEN, BITS)
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, None]:
-        return self.output(self.lstm(inputs)[0]), None
+    def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        hidden, state = self.rnn(inputs, state)
+        return self.output(hidden), state
 
 
 class CompiledSteps(nn.Module):
     """The reference, each step of it one graph of torch.compile."""
 
-    def __init__(self) -> None:
+    def __init__(self, controller: str) -> None:
         super().__init__()
-        self.cell = NTMCell(INPUTS, BITS, HIDDEN, engine="reference")
-        self.step = torch.compile(self.cell, dynamic=False)
+        self.cell = NTMCell(INPUTS, BITS, HIDDEN, controller=controller, engine="reference")
+        # fullgraph: where torch gives up on compiling again, it would go on in eager mode without a word.
+        self.step = torch.compile(self.cell, dynamic=False, fullgraph=True)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, None]:
         state = self.cell.initial_state(inputs.shape[1])
@@ -56,27 +62,25 @@ class CompiledSteps(nn.Module):
         return torch.stack(outputs), None
 
 
-ENGINES: dict[str, Callable[[], nn.Module]] = {
-    "step": lambda: FastNTM(INPUTS, BITS, HIDDEN, engine="step"),
-    "reference": lambda: FastNTM(INPUTS, BITS, HIDDEN, engine="reference"),
-    "compiled reference": CompiledSteps,
-    "nn.LSTM": LSTM,
-}
-
-
-def make(engine: str) -> nn.Module:
+def make(controller: str, engine: str, **options: Any) -> nn.Module:
+    """A fresh model, its parameters those of every other engine's; ``options`` are of FastNTM."""
     torch.manual_seed(0)
-    return ENGINES[engine]()
+    if engine == "no memory":
+        return Bare(controller)
+    if engine == "compiled reference":
+        # What was compiled for other models and sizes counts towards the most that torch keeps of one function.
+        torch.compiler.reset()
+        return CompiledSteps(controller)
+    return FastNTM(INPUTS, BITS, HIDDEN, controller=controller, engine=engine, **options)
 
 
-def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     inputs, bits = batch
-    return F.binary_cross_entropy_with_logits(model(inputs)[0][-LENGTH:], bits)
+    return F.binary_cross_entropy_with_logits(model(inputs)[0][-len(bits) :], bits)
 
 
-def training_step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """The function to time."""
-    model = copy.deepcopy(model) if not isinstance(model, CompiledSteps) else model
+def training_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
+    """The function to time; it trains the model."""
     optimiser = torch.optim.RMSprop(model.parameters(), lr=1e-4, alpha=0.95, momentum=0.9)
 
     def step() -> None:
@@ -87,18 +91,85 @@ def training_step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[]
     return step
 
 
-def check_agreement(engine: str, batch: tuple[Tensor, Tensor]) -> None:
-    """The engine's loss and each of its gradients are the reference's; nn.LSTM has nothing to agree with."""
-    if engine in ("reference", "nn.LSTM"):
-        return
-    found = []
-    for name in (engine, "reference"):
-        model = make(name)
-        loss = loss_of(model, batch)
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for got, want in zip(*found):
-        error = float((got - want).norm() / want.norm())
+def forward_only(model: nn.Module, batch: Batch) -> Callable[[], None]:
+    """The function to time."""
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(batch[0])
+
+    return forward
+
+
+def stream(model: nn.Module, inputs: Tensor) -> Callable[[], Tensor]:
+    """The next step's output at each call, the state carried along; to be called under no_grad. ``inputs``: (T, B, I),
+    over and over."""
+    steps, state, t = inputs.split(1), None, 0
+
+    def step() -> Tensor:
+        nonlocal state, t
+        output, state = model(steps[t % len(steps)], state)
+        t += 1
+        return output
+
+    return step
+
+
+def torch_calls_around(model: FastNTM, inputs: Tensor) -> Callable[[], Tensor]:
+    """What a streamed step cannot do without of PyTorch: the price of admission that a native step adds to.
+
+    Three calls on the sizes of that step, made from Python as it makes them: the inputs' share of the controller's
+    gates, (1, 9) x (9, 400 or 300); hidden and reads joined, (1, 1, 120); the output layer, (1, 120) x (120, 8). Checks
+    of arguments, copies of the state, buffers and the native call itself all count as the step's own.
+    """
+    weight_ih, _, bias_ih, _ = model.controller.weights()
+    weight = weight_ih[:, :INPUTS]
+    x = inputs[:1]
+    hidden, reads = torch.zeros(1, x.shape[1], HIDDEN), torch.zeros(1, x.shape[1], model.memory_width)
+
+    def calls() -> Tensor:
+        F.linear(x, weight, bias_ih)
+        features = torch.cat([hidden, reads], -1)
+        return F.linear(features, model.output.weight, model.output.bias)
+
+    return calls
+
+
+def answers(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """All that engines must agree on: the outputs, computed without grad, the loss, and every gradient."""
+    with torch.no_grad():
+        found = {"outputs": model(batch[0])[0]}
+    model.zero_grad(set_to_none=True)
+    loss = loss_of(model, batch)
+    loss.backward()
+    found["loss"] = loss.detach()
+    # A compiled model's parameters have other names, in the same order.
+    for name, parameter in model.named_parameters():
+        found[f"gradient of {name.removeprefix('cell.')}"] = parameter.grad
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def compare(engine: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raises AssertionError where an engine's answers are not the reference's."""
+    if found.keys() != wanted.keys():
+        raise AssertionError(f"{engine} and reference answer different things: {found.keys() ^ wanted.keys()}")
+    for name, want in wanted.items():
+        error = float((found[name] - want).norm() / want.norm())
         # Forty-one steps of float32, from parameters whose gradients are small differences.
         if not error < 1e-3:
-            raise AssertionError(f"{engine} and reference disagree by {error:.2g}: nothing to compare the speed of")
+            raise AssertionError(
+                f"{engine} and reference disagree on {name} by {error:.2g}: nothing to compare the speed of"
+            )
+
+
+@torch.no_grad()
+def check_stream(engine: str, model: FastNTM, batch: Batch) -> None:
+    """Raises AssertionError where step by step does not give what the reference gives for the whole sequence."""
+    step = stream(model, batch[0])
+    found = torch.cat([step() for _ in batch[0]])
+    compare(
+        f"{engine}, streamed,",
+        {"outputs": found},
+        {"outputs": make(model.controller_type, "reference")(batch[0])[0]},
+    )

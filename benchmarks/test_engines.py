@@ -1,21 +1,70 @@
-"""One training step of the standard job, by engine, and what it costs with no memory at all."""
+"""The standard job by engine, as training step, forward only and streamed, and what it costs with no memory at all."""
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from job import check_agreement, copy_batch, make, training_step
+from job import (
+    CONTROLLERS,
+    answers,
+    check_stream,
+    compare,
+    copy_batch,
+    forward_only,
+    make,
+    stream,
+    torch_calls_around,
+    training_step,
+)
+from torch import Tensor, nn
 
 from ntm_fast import ops
 
+FUNCTIONS = {"training step": training_step, "forward": forward_only}
 
-@pytest.mark.parametrize("engine", ("step", "reference", "nn.LSTM"))
-@pytest.mark.parametrize("B", (1, 32, 256))
-def test_training_step(benchmark, B: int, engine: str) -> None:
-    benchmark.group = f"training step B={B}"
-    reason = ops.why_not_native(torch.device("cpu"), torch.float32)
-    if engine == "step" and reason:
+
+@functools.cache
+def _wanted(controller: str, B: int) -> dict[str, Tensor]:
+    return answers(make(controller, "reference"), copy_batch(B))
+
+
+@functools.cache
+def _check(controller: str, engine: str, B: int) -> None:
+    compare(engine, answers(make(controller, engine), copy_batch(B)), _wanted(controller, B))
+
+
+def _model(controller: str, engine: str, B: int) -> nn.Module:
+    """Skips where the engine cannot serve."""
+    native = {"sequence": "sequence", "step": "memory_step"}.get(engine)
+    if native and (reason := ops.why_not_native(torch.device("cpu"), torch.float32, native)):
         pytest.skip(reason)
-    batch = copy_batch(B)
-    check_agreement(engine, batch)
-    benchmark(training_step(make(engine), batch))
+    if native:
+        _check(controller, engine, B)
+    return make(controller, engine)
+
+
+@pytest.mark.parametrize("engine", ("sequence", "step", "reference", "no memory"))
+@pytest.mark.parametrize("B", (1, 32, 256))
+@pytest.mark.parametrize("what", FUNCTIONS)
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_sequence(benchmark, controller: str, what: str, B: int, engine: str) -> None:
+    benchmark.group = f"{controller} {what} B={B}"
+    benchmark(FUNCTIONS[what](_model(controller, engine, B), copy_batch(B)))
+
+
+@pytest.mark.parametrize("engine", ("sequence", "step", "torch calls around", "no memory"))
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_streaming(benchmark, controller: str, engine: str) -> None:
+    benchmark.group = f"{controller} streaming, a step at B=1"
+    batch = copy_batch(1)
+    if engine == "torch calls around":
+        function = torch_calls_around(make(controller, "reference"), batch[0])
+    else:
+        model = _model(controller, engine, 1)
+        if engine != "no memory":
+            check_stream(engine, model, batch)
+        function = stream(model, batch[0])
+    with torch.no_grad():
+        benchmark(function)

@@ -7,6 +7,7 @@ import functools
 import os
 from typing import Any, Callable, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class _Recorder:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._binding, name)
-        if name.removesuffix("_backward") not in OPERATORS:
+        if name.removesuffix("_backward") not in (*OPERATORS, "sequence"):
             return function
 
         def call(backend: int, *args: Any) -> None:
@@ -128,6 +129,24 @@ class Poison:
             guards = torch.cat([block[: self.GUARD], block[-self.GUARD :]])
             assert bool((guards == self.SENTINEL).all()), "wrote outside of an output"
         self.blocks.clear()
+
+
+# --- sweeps: random cases, each told by its seed ----------------------------------------------------------------------
+
+SWEEP_SEED = int(os.environ.get("NTM_SWEEP_SEED", 0))
+SWEEP_CASES = int(os.environ.get("NTM_SWEEP_CASES", 40))
+
+
+def sweep(node: str, check_seed: Callable[[int], None]) -> None:
+    """NTM_SWEEP_SEED and NTM_SWEEP_CASES repeat one case or run many more; a failure says how to repeat it."""
+    failures = []
+    for seed in range(SWEEP_SEED, SWEEP_SEED + SWEEP_CASES):
+        try:
+            check_seed(seed)
+        except AssertionError as error:
+            failures.append(f"NTM_SWEEP_SEED={seed} NTM_SWEEP_CASES=1 pytest '{node}'\n{error}")
+    if failures:
+        pytest.fail(f"{len(failures)} of {SWEEP_CASES} cases:\n\n" + "\n\n".join(failures[:5]), pytrace=False)
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import gc
@@ -17,6 +18,8 @@ import ntm_fast
 from ntm_fast import FastNTM, NTMCell, NTMState, NTMTrace, _native, ops, reference
 
 CONTROLLERS = ("lstm", "gru", "feedforward")
+SERVED = {"step": CONTROLLERS, "sequence": ("lstm", "gru")}  # by the native engines
+ENGINE_CONTROLLERS = [(engine, controller) for engine, controllers in SERVED.items() for controller in controllers]
 SIZES = dict(
     input_size=3, output_size=4, hidden_size=5, memory_locations=7, memory_width=2, read_heads=2, write_heads=2
 )
@@ -180,11 +183,11 @@ def _train_step(engine: str, dtype: torch.dtype, options: dict, steps: int = 8) 
     return {name: x.detach().double() for name, x in {**found, **dict(zip("abcdefg", flat(state)))}.items()}
 
 
-def _check_engines(options: dict, steps: int = 8) -> None:
+def _check_engines(engine: str, options: dict, steps: int = 8) -> None:
     truth = _train_step("reference", torch.float64, options, steps)
-    double = _train_step("step", torch.float64, options, steps)
+    double = _train_step(engine, torch.float64, options, steps)
     single = _train_step("reference", torch.float32, options, steps)
-    float32 = _train_step("step", torch.float32, options, steps)
+    float32 = _train_step(engine, torch.float32, options, steps)
     relative = lambda got, name: (got[name] - truth[name]).norm() / truth[name].norm()  # noqa: E731
     # Gradients run back through one chain of eight steps: what torch's float32 loses in the worst of them, any may.
     allowed = max(1e-5, 2 * max(relative(single, name) for name in truth))
@@ -203,32 +206,42 @@ ENGINE_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", ENGINE_OPTIONS, ids=str)
-def test_step_engine_gives_the_references_numbers_and_gradients(backend, options: dict) -> None:
-    _check_engines(options)
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [(e, o) for e in SERVED for o in ENGINE_OPTIONS if o.get("controller", "lstm") in SERVED[e]],
+    ids=str,
+)
+def test_engines_give_the_references_numbers_and_gradients(backend, engine: str, options: dict) -> None:
+    _check_engines(engine, options)
 
 
-@pytest.mark.parametrize("controller", CONTROLLERS)
+@pytest.mark.parametrize(("engine", "controller"), ENGINE_CONTROLLERS)
 @pytest.mark.parametrize("steps", (1, 2, 3))
-def test_step_engine_over_few_steps(backend, controller: str, steps: int) -> None:
-    _check_engines({"controller": controller}, steps)
+def test_engines_over_few_steps(backend, engine: str, controller: str, steps: int) -> None:
+    _check_engines(engine, {"controller": controller}, steps)
 
 
-@pytest.mark.parametrize("name", ("memory_step", "memory_step_backward", "lstm_gates", "lstm_gates_backward"))
-def test_planted_faults_in_the_step_engine_are_found(backend, monkeypatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [
+        *(("step", name) for name in ("memory_step", "memory_step_backward", "lstm_gates", "lstm_gates_backward")),
+        *(("sequence", name) for name in ("sequence", "sequence_backward")),
+    ],
+)
+def test_planted_faults_in_the_engines_are_found(backend, monkeypatch, engine: str, name: str) -> None:
     if backend.device != "cpu":
         pytest.skip("the fault is planted through a pointer to the host's memory")
     right = _native.call
 
     def wrong(called: str, like: Tensor, *values) -> None:
         right(called, like, *values)
-        if called == name:  # the first number of the last output, by a millionth
+        if called == name:  # the first number of an output, by a millionth
             number = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}[like.dtype]
-            number.from_address(values[-1]).value *= 1 + 1e-6
+            number.from_address(values[-4 if called == "sequence" else -1]).value *= 1 + 1e-6
 
     monkeypatch.setattr(_native, "call", wrong)
     with pytest.raises(AssertionError):
-        _check_engines({})
+        _check_engines(engine, {})
 
 
 @pytest.fixture
@@ -241,17 +254,17 @@ def _fresh_memory_is_nan():
 
 
 @pytest.mark.usefixtures("_fresh_memory_is_nan")
-@pytest.mark.parametrize("controller", CONTROLLERS)
-def test_step_engine_writes_all_that_it_reads(backend, controller: str) -> None:
-    _check_engines({"controller": controller, "num_layers": 2})
+@pytest.mark.parametrize(("engine", "controller"), ENGINE_CONTROLLERS)
+def test_engines_write_all_that_they_read(backend, engine: str, controller: str) -> None:
+    _check_engines(engine, {"controller": controller, "num_layers": 2})
     with torch.no_grad():
-        assert make(engine="step", controller=controller)(some(3, 2, 3))[0].isfinite().all()
+        assert make(engine=engine, controller=controller)(some(3, 2, 3))[0].isfinite().all()
 
 
-@pytest.mark.parametrize("controller", CONTROLLERS)
+@pytest.mark.parametrize(("engine", "controller"), ENGINE_CONTROLLERS)
 @pytest.mark.parametrize("layers", (1, 2))
-def test_step_engine_computes_the_same_without_a_graph(backend, controller: str, layers: int) -> None:
-    ntm = make(engine="step", controller=controller, num_layers=layers)
+def test_engines_compute_the_same_without_a_graph(backend, engine: str, controller: str, layers: int) -> None:
+    ntm = make(engine=engine, controller=controller, num_layers=layers)
     for steps in (1, 2, 3, 6):
         outputs, state = ntm(some(steps, 3, 3))
         with torch.no_grad():
@@ -260,11 +273,11 @@ def test_step_engine_computes_the_same_without_a_graph(backend, controller: str,
         torch.testing.assert_close([again, *flat(again_state)], [outputs, *flat(state)], **CLOSE)
 
 
-@pytest.mark.parametrize("controller", CONTROLLERS)
-def test_step_engine_differentiates_what_is_asked_for(backend, controller: str) -> None:
+@pytest.mark.parametrize(("native", "controller"), ENGINE_CONTROLLERS)
+def test_engines_differentiate_what_is_asked_for(backend, native: str, controller: str) -> None:
     """One parameter, the inputs or one part of the state alone; a loss of one part of what comes out alone."""
     found = {}
-    for engine in ("reference", "step"):
+    for engine in ("reference", native):
         ntm = make(engine=engine, controller=controller, num_layers=2, memory_init="learned")
         state = ntm.initial_state(2).detach()
         names = [*dict(ntm.named_parameters()), "inputs", *range(len(flat(state)))]
@@ -289,10 +302,11 @@ def test_step_engine_differentiates_what_is_asked_for(backend, controller: str) 
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11, msg=lambda m: f"{name}, {index}: {m}")
 
 
-def test_gradients_through_a_state_carried_on(backend) -> None:
+@pytest.mark.parametrize("native", SERVED)
+def test_gradients_through_a_state_carried_on(backend, native: str) -> None:
     """Two calls, the state between them attached, are one call."""
     found = []
-    for engine, cut in (("reference", 0), ("step", 0), ("step", 4)):
+    for engine, cut in (("reference", 0), (native, 0), (native, 4)):
         ntm, inputs = make(engine=engine), some(7, 2, 3).requires_grad_()
         outputs, state = ntm(inputs[:cut]) if cut else (inputs.new_empty(0, 2, 4), None)
         more, _ = ntm(inputs[cut:], state)
@@ -302,10 +316,10 @@ def test_gradients_through_a_state_carried_on(backend) -> None:
         torch.testing.assert_close(got, found[0], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("controller", CONTROLLERS)
-def test_gradient_penalty(backend, controller: str) -> None:
+@pytest.mark.parametrize(("native", "controller"), ENGINE_CONTROLLERS)
+def test_gradient_penalty(backend, native: str, controller: str) -> None:
     found = []
-    for engine in ("reference", "step"):
+    for engine in ("reference", native):
         ntm, inputs = make(engine=engine, controller=controller), some(3, 2, 3).requires_grad_()
         outputs, _ = ntm(inputs)
         (first,) = torch.autograd.grad(outputs.square().sum(), inputs, create_graph=True)
@@ -314,8 +328,9 @@ def test_gradient_penalty(backend, controller: str) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
 
 
-def test_backward_again(backend) -> None:
-    ntm = make(engine="step")
+@pytest.mark.parametrize("engine", SERVED)
+def test_backward_again(backend, engine: str) -> None:
+    ntm = make(engine=engine)
     outputs, _ = ntm(some(3, 2, 3))
     outputs.sum().backward(retain_graph=True)
     once = [p.grad.clone() for p in ntm.parameters()]
@@ -325,11 +340,12 @@ def test_backward_again(backend) -> None:
         outputs.sum().backward()
 
 
+@pytest.mark.parametrize("engine", SERVED)
 @pytest.mark.parametrize("what", ("inputs", "parameter", "memory in", "weights in", *NTMState._fields[:4]))
-def test_changes_in_place_before_backward_are_noticed_or_harmless(backend, what: str) -> None:
+def test_changes_in_place_before_backward_are_noticed_or_harmless(backend, engine: str, what: str) -> None:
     found = []
     for change in (False, True):
-        ntm, inputs = make(engine="step"), some(3, 2, 3)
+        ntm, inputs = make(engine=engine), some(3, 2, 3)
         _, before = ntm(inputs)  # as memories come out of a call
         before = before.detach()
         outputs, state = ntm(inputs, before)
@@ -351,10 +367,23 @@ def test_changes_in_place_before_backward_are_noticed_or_harmless(backend, what:
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("controller", CONTROLLERS)
-def test_what_was_kept_for_backward_goes_with_the_outputs(backend, controller: str) -> None:
+@pytest.mark.parametrize("engine", SERVED)
+def test_what_is_saved_may_be_moved_away_and_back(backend, engine: str) -> None:
+    """With pin_memory it comes back contiguous, whatever its strides were."""
+    found = []
+    for moved in (False, True):
+        ntm, inputs = make(engine=engine), some(4, 3, 3).requires_grad_()
+        with torch.autograd.graph.save_on_cpu(pin_memory=True) if moved else contextlib.nullcontext():
+            outputs, state = ntm(inputs)
+        (outputs.square().sum() + state.memory.square().sum()).backward()
+        found.append([inputs.grad, *(p.grad for p in ntm.parameters())])
+    torch.testing.assert_close(*found, **CLOSE)
+
+
+@pytest.mark.parametrize(("engine", "controller"), ENGINE_CONTROLLERS)
+def test_what_was_kept_for_backward_goes_with_the_outputs(backend, engine: str, controller: str) -> None:
     """A forward without a backward, as in a validation that forgets no_grad, holds nothing afterwards."""
-    ntm = make(engine="step", controller=controller)
+    ntm = make(engine=engine, controller=controller)
     alive = lambda: sum(type(x) is Tensor for x in gc.get_objects())  # noqa: E731
     ntm(some(5, 2, 3))
     gc.collect()
@@ -368,11 +397,12 @@ def test_what_was_kept_for_backward_goes_with_the_outputs(backend, controller: s
     assert alive() <= before
 
 
-def test_functional_transforms(backend) -> None:
+@pytest.mark.parametrize("native", SERVED)
+def test_functional_transforms(backend, native: str) -> None:
     """torch.func over the module: grad, vmap of grad, jvp; and gradients batched over directions, or refused."""
     inputs, tangent = some(3, 2, 3), some(3, 2, 3, seed=5)
     found = []
-    for engine in ("reference", "step"):
+    for engine in ("reference", native):
         ntm = make(engine=engine)
         parameters = {n: p.detach() for n, p in ntm.named_parameters()}
         loss = lambda p, x, ntm=ntm: torch.func.functional_call(ntm, p, (x,))[0].square().sum()  # noqa: E731
@@ -382,7 +412,7 @@ def test_functional_transforms(backend) -> None:
         found.append([*grads.values(), *each.values(), along, loss(parameters, inputs)])
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
     leaf = inputs.clone().requires_grad_()
-    outputs, _ = make(engine="step")(leaf)
+    outputs, _ = make(engine=native)(leaf)
     directions = torch.stack([some(*outputs.shape, seed=seed) for seed in (1, 2)])
     try:
         (batched,) = torch.autograd.grad(outputs, leaf, directions, is_grads_batched=True, retain_graph=True)
@@ -392,22 +422,37 @@ def test_functional_transforms(backend) -> None:
         torch.testing.assert_close(got, torch.autograd.grad(outputs, leaf, direction, retain_graph=True)[0])
 
 
-def test_auto_takes_the_step_engine_where_it_serves(backend) -> None:
-    auto, inputs = make(engine="auto", dtype=torch.float32), some(2, 2, 3, dtype=torch.float32)
-    with backend.serves(*["lstm_gates", "memory_step"] * 2), torch.no_grad():
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_auto_takes_the_fastest_engine_that_serves(backend, controller: str) -> None:
+    inputs = some(2, 2, 3, dtype=torch.float32)
+    auto = make(engine="auto", dtype=torch.float32, controller=controller)
+    sequence = backend.device == "cpu" and controller != "feedforward"
+    gates = [] if controller == "feedforward" else [f"{controller}_gates"]
+    forward = ["sequence"] if sequence else [*gates, "memory_step"] * 2
+    backward = ["sequence_backward"] if sequence else ["memory_step_backward", *(f"{g}_backward" for g in gates)] * 2
+    with backend.serves(*forward), torch.no_grad():
         auto(inputs)
-    with backend.serves(*["lstm_gates", "memory_step"] * 2, *["memory_step_backward", "lstm_gates_backward"] * 2):
+    with backend.serves(*forward, *backward):
         auto(inputs)[0].sum().backward()
     with backend.serves(), torch.no_grad():
-        make(engine="reference", dtype=torch.float32)(inputs)
+        make(engine="reference", dtype=torch.float32, controller=controller)(inputs)
+    with backend.serves(*[*gates, "memory_step"] * 2), torch.no_grad():
+        make(engine="step", dtype=torch.float32, controller=controller)(inputs)
 
 
-def test_a_forced_engine_that_cannot_serve_says_why() -> None:
-    ntm = make(engine="step", dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="step.*bfloat16"):
+@pytest.mark.parametrize("engine", SERVED)
+def test_a_forced_engine_that_cannot_serve_says_why(engine: str) -> None:
+    ntm = make(engine=engine, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=f"{engine}.*bfloat16"):
         ntm(some(2, 2, 3, dtype=torch.bfloat16))
     outputs, _ = make(engine="auto", dtype=torch.bfloat16)(some(2, 2, 3, dtype=torch.bfloat16))
     assert outputs.dtype is torch.bfloat16 and outputs.isfinite().all()
+
+
+def test_the_sequence_engine_refuses_a_feedforward_controller(backend) -> None:
+    for cls, inputs in ((FastNTM, some(2, 2, 3)), (NTMCell, some(2, 3))):
+        with pytest.raises(RuntimeError, match="engine='sequence' cannot serve.*LSTM and GRU, not feedforward"):
+            make(cls, engine="sequence", controller="feedforward")(inputs)
 
 
 @pytest.mark.filterwarnings("ignore:ntm_fast has no native")
@@ -504,8 +549,9 @@ def test_a_hand_set_machine_repeats_what_it_is_told() -> None:
     _check_hand_set_machine("reference")
 
 
-def test_a_hand_set_machine_on_the_step_engine(backend) -> None:
-    _check_hand_set_machine("step")
+@pytest.mark.parametrize("engine", SERVED)
+def test_a_hand_set_machine_on_the_native_engines(backend, engine: str) -> None:
+    _check_hand_set_machine(engine)
 
 
 @pytest.mark.parametrize("fault", ("weights out", "weights in", "parameters", "stale memory", "stale weights"))
@@ -713,7 +759,13 @@ def test_fresh_machines_have_finite_gradients_over_long_sequences() -> None:
         ({"memory_init": "zeros"}, ValueError, ("memory_init", "'zeros'", "'constant'", "'learned'", "'random'")),
         ({"key_activation": "relu"}, ValueError, ("key_activation", "'relu'", "'tanh'", "'identity'")),
         ({"add_activation": "relu"}, ValueError, ("add_activation", "'relu'", "'tanh'", "'identity'")),
-        ({"engine": "fast"}, ValueError, ("engine", "'fast'", "'auto'", "'step'", "'reference'")),
+        ({"engine": "fast"}, ValueError, ("engine", "'fast'", "'auto'", "'sequence'", "'step'", "'reference'")),
+        ({"memory_checkpoint": 0}, ValueError, ("memory_checkpoint", "0", "at least 1")),
+        ({"memory_checkpoint": -1}, ValueError, ("memory_checkpoint", "-1", "at least 1")),
+        ({"memory_checkpoint": "some"}, ValueError, ("memory_checkpoint", "'some'", "'auto'", "'all'")),
+        ({"memory_checkpoint": 1.5}, TypeError, ("memory_checkpoint", "1.5", "int")),
+        ({"memory_checkpoint": True}, TypeError, ("memory_checkpoint", "True", "int")),
+        ({"memory_checkpoint": None}, TypeError, ("memory_checkpoint", "None", "int")),
         ({"clip": 0}, ValueError, ("clip", "0")),
         ({"clip": -1.0}, ValueError, ("clip", "-1.0")),
         ({"clip": float("nan")}, ValueError, ("clip", "nan")),

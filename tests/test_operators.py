@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
 import random
 
 import pytest
@@ -20,6 +19,7 @@ from comparison import (
     cast,
     check,
     evaluate,
+    sweep,
 )
 from torch import Tensor
 
@@ -173,21 +173,10 @@ def random_case(op: str, seed: int) -> Case:
     )
 
 
-SWEEP_SEED = int(os.environ.get("NTM_SWEEP_SEED", 0))
-SWEEP_CASES = int(os.environ.get("NTM_SWEEP_CASES", 40))
-
-
 @pytest.mark.parametrize("op", OPERATORS)
 def test_sweep(request, kernels: Backend, op: str) -> None:
-    """Random cases; NTM_SWEEP_SEED and NTM_SWEEP_CASES (for each operator) repeat one or run many more."""
-    failures = []
-    for seed in range(SWEEP_SEED, SWEEP_SEED + SWEEP_CASES):
-        try:
-            check(random_case(op, seed), kernels)
-        except AssertionError as error:
-            failures.append(f"NTM_SWEEP_SEED={seed} NTM_SWEEP_CASES=1 pytest '{request.node.nodeid}'\n{error}")
-    if failures:
-        pytest.fail(f"{len(failures)} of {SWEEP_CASES} cases:\n\n" + "\n\n".join(failures[:5]), pytrace=False)
+    """Random cases: see comparison.sweep."""
+    sweep(request.node.nodeid, lambda seed: check(random_case(op, seed), kernels))
 
 
 # --- NaN --------------------------------------------------------------------------------------------------------------
