@@ -144,7 +144,7 @@ struct Operators {
     Error (*sequence)(SequenceSizes, StepOptions, int keep,
                       const T* weights,
                       T* memory, T* read_weights, T* write_weights, T* reads, T* hidden, T* cell,  // state
-                      T* x, T* y, T* all_hidden, T* all_cell, T* params, T* all_reads,             // trail
+                      T* x, T* y, T* lower_hidden, T* all_cell, T* params, T* features,           // trail
                       T* all_read_weights, T* all_write_weights, T* all_memory,
                       Launch);
     // The gradient of the state comes in as that of the final one and goes out as that of the initial one.
@@ -153,13 +153,13 @@ struct Operators {
                                const T* memory, const T* read_weights, const T* write_weights, const T* hidden,
                                const T* cell,          // the initial state
                                const T* final_memory,  // [B, M, N]
-                               const T* x, const T* y, const T* all_hidden, const T* all_cell, const T* params,
-                               const T* all_read_weights, const T* all_write_weights, const T* all_memory,
-                               const T* grad_hidden,  // [T, B, H]
-                               const T* grad_reads,   // [T, B, R M]
+                               const T* x, const T* y, const T* lower_hidden, const T* all_cell, const T* params,
+                               const T* features, const T* all_read_weights, const T* all_write_weights,
+                               const T* all_memory,
+                               const T* grad_features,  // [T, B, H + R M]
                                T* grad_memory, T* grad_read_weights, T* grad_write_weights, T* grad_state_reads,
                                T* grad_state_hidden, T* grad_state_cell,  // gradient of the state
-                               T* grad_x, T* grad_y,  // [L, T, B, gates]
+                               T* grad_x, T* grad_y,  // [L, T, B, gates]; may be x and y
                                T* grad_params,        // [T, B, P]
                                Launch);
 };

@@ -287,14 +287,17 @@ class StepTape:
         )
 
     def backward(
-        self, needs_inputs: bool, final: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+        self, needs_inputs: bool, again: bool, outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the outputs -> of the inputs (T, B, I), the initial state's tensors and the weights.
 
-        ``final``: the memory, read and write weights after the last step, which the tape does not hold.
+        ``again``: whether backward may be asked for once more. ``outputs``: the features, memory, read and write
+        weights that :meth:`forward` returned, which the tape does not hold.
         """
-        memories = [*self.memory, final[0].transpose(1, 2)]
-        all_read_weights, all_write_weights = [*self.read_weights, final[1]], [*self.write_weights, final[2]]
+        _, memory, read_weights, write_weights = outputs
+        memories = [*self.memory, memory.transpose(1, 2).contiguous()]
+        all_read_weights = [*self.read_weights, read_weights.contiguous()]
+        all_write_weights = [*self.write_weights, write_weights.contiguous()]
         features, memory, read_weights, write_weights, reads, *state = grads
         hidden_size = self.hidden[0].shape[1]
         for index, layer in enumerate(self.layers):
@@ -346,19 +349,20 @@ class _Sequence(torch.autograd.Function):
         ctx.plan = plan
         ctx.tape = _TAPES[plan.engine](plan, True, inputs, tensors)
         outputs = ctx.tape.forward()
-        # The final memory and weights are kept by torch: it notices when they are changed in place before backward,
-        # and a tape that held them would hold, through their graph, itself.
-        ctx.save_for_backward(inputs, *tensors, *outputs[1:4])
+        # What backward needs of the outputs is kept by torch: it notices when they are changed in place before, and a
+        # tape that held them would hold, through their graph, itself.
+        ctx.save_for_backward(inputs, *tensors, *outputs[:4])
         return outputs
 
     @staticmethod
     def backward(ctx, *grads):
         inputs, *tensors = ctx.saved_tensors
-        *tensors, memory, read_weights, write_weights = tensors
+        tensors, outputs = tensors[:-4], tensors[-4:]
         if torch.is_grad_enabled():
             return None, *ops.grads_through(ctx.plan.reference, (inputs, *tensors), grads)
-        found = ctx.tape.backward(ctx.needs_input_grad[1], (memory, read_weights, write_weights), grads)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        found = ctx.tape.backward(ctx.needs_input_grad[1], again, outputs, grads)
+        if not again:
             ctx.tape = None  # as saved tensors are, rather than when the last output goes
         return None, *found
 

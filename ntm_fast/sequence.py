@@ -73,10 +73,10 @@ class SequenceTape:
         x = self.x[: self.steps].view(-1, self.gates)
         torch.addmm(bias_inputs, self.inputs, self.weight_inputs.t(), out=x)
         self.y = self._empty(self.layers * slots if self.gru else 0, *shape)
-        self.hidden = self._empty(self.layers, self.steps, self.batch, self.hidden_size)
+        self.hidden = self._empty(self.layers - 1, slots, self.batch, self.hidden_size)  # of the layers below the last
         self.cell = self._empty(0 if self.gru else self.layers * slots, self.batch, self.hidden_size)
         self.params = self._empty(slots, self.batch, heads_weight.shape[0])
-        self.reads = self._empty(self.steps, self.batch, self.read_size)
+        self.features = self._empty(self.steps, self.batch, self.hidden_size + self.read_size)
         kept = self.steps if keep else 0
         self.read_weights = self._empty(kept, *self.initial[1].shape)
         self.write_weights = self._empty(kept, *self.initial[2].shape)
@@ -91,30 +91,28 @@ class SequenceTape:
     def forward(self) -> tuple[Tensor, ...]:
         """-> features (T, B, hidden + R M), then the final state's tensors."""
         state = [tensor.clone() for tensor in self.initial]
-        trail = self.x, self.y, self.hidden, self.cell, self.params, self.reads
+        trail = self.x, self.y, self.hidden, self.cell, self.params, self.features
         trail += self.read_weights, self.write_weights, self.memory
         self._call("sequence", (*self.scalars, self.keep), self.flat, *state, *trail)
         memory, read_weights, write_weights, reads, *controller = state
-        features = torch.cat([self.hidden[-1], self.reads], -1)
-        reads = reads.view(self.batch, -1, memory.shape[1])
+        features, self.features = self.features, None  # torch keeps it, with the other outputs that backward needs
         return features, memory.transpose(1, 2), read_weights, write_weights, reads, *controller[: 2 - self.gru]
 
     def backward(
-        self, needs_inputs: bool, final: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+        self, needs_inputs: bool, again: bool, outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of the outputs -> of the inputs (T, B, I), the initial state's tensors and the weights.
-
-        ``final``: the memory and the weights after the last step, which the tape does not hold.
-        """
-        features, memory, read_weights, write_weights, reads, *controller = grads
+        """As :meth:`recurrence.StepTape.backward`."""
+        features, final_memory, *_ = outputs
+        features, final_memory = features.contiguous(), final_memory.transpose(1, 2).contiguous()
+        grad_features, memory, read_weights, write_weights, reads, *controller = grads
         fresh = lambda tensor: tensor.clone(memory_format=torch.contiguous_format)  # noqa: E731
         grad = [fresh(memory.transpose(1, 2)), *map(fresh, (read_weights, write_weights, reads, *controller))]
         if self.gru:
             grad.append(self._empty(0))
-        grad_hidden = features[..., : self.hidden_size].contiguous()
-        grad_reads = features[..., self.hidden_size :].contiguous()
-        grad_x = self._empty(self.layers, self.steps * self.batch, self.gates)
-        grad_y = torch.empty_like(grad_x) if self.gru else grad_x
+        grad_features = grad_features.contiguous()
+        # A step's gates are done with when their gradients are known: these take their place, unless asked for again.
+        grad_x = torch.empty_like(self.x) if again else self.x
+        grad_y = torch.empty_like(self.y) if again else self.y
         grad_params = torch.empty_like(self.params)
         memory_0, read_weights_0, write_weights_0, _, *controller_0 = self.initial
         self._call(
@@ -125,17 +123,17 @@ class SequenceTape:
             read_weights_0,
             write_weights_0,
             *controller_0,
-            final[0].transpose(1, 2),
+            final_memory,
             self.x,
             self.y,
             self.hidden,
             self.cell,
             self.params,
+            features,
             self.read_weights,
             self.write_weights,
             self.memory,
-            grad_hidden,
-            grad_reads,
+            grad_features,
             *grad,
             grad_x,
             grad_y,
@@ -146,13 +144,17 @@ class SequenceTape:
             """What each step met, (T, B, size): the initial value, then each step's but the last."""
             return torch.cat([first.reshape(1, self.batch, -1), all_steps[:-1]])
 
+        hidden = [*self.hidden, features[..., : self.hidden_size]]
+        grad_x = grad_x.view(self.layers, self.steps * self.batch, -1)
+        grad_y = grad_y.view(self.layers, self.steps * self.batch, -1) if self.gru else grad_x
         weights = []
         for layer in range(self.layers):
             if layer:
-                met = [self.hidden[layer - 1]]
+                met = [hidden[layer - 1]]
             else:
-                met = [self.inputs.view(self.steps, self.batch, -1), before(self.initial[3], self.reads)]
-            met.append(before(self.initial[4][layer], self.hidden[layer]))
+                reads = before(self.initial[3], features[..., self.hidden_size :])
+                met = [self.inputs.view(self.steps, self.batch, -1), reads]
+            met.append(before(self.initial[4][layer], hidden[layer]))
             x, y = grad_x[layer], grad_y[layer]
             grad_bias_ih = x.sum(0)
             if self.gru:
@@ -165,7 +167,7 @@ class SequenceTape:
                 grad_bias_hh = grad_bias_ih
             weights += grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh
         params = grad_params.flatten(0, 1)
-        heads = params.t() @ self.hidden[-1].flatten(0, 1), params.sum(0)
+        heads = params.t() @ hidden[-1].flatten(0, 1), params.sum(0)
         grad_inputs = None
         if needs_inputs:
             grad_inputs = (grad_x[0] @ self.weight_inputs).view(self.steps, self.batch, -1)

@@ -642,13 +642,14 @@ def predicted(T: int, B: int, controller: str = "lstm", checkpoint: str | int = 
     gru = controller == "gru"
     gates, params = (3 if gru else 4) * H, (R + W) * (M + 2 * S + 4) + 2 * W * M
     every = sequence.kept_every(checkpoint, T, 4 * B * N * M)
-    # What forward keeps for each step and sequence: the gates' products, hidden states and cells, the heads'
-    # parameters, reads, weightings; a memory at every K-th. A GRU has two products and no cell.
-    kept = L * (gates * (2 if gru else 1) + H * (1 if gru else 2)) + params + R * M + (R + W) * N
+    # What forward keeps for each step and sequence: the gates' products, hidden states of the lower layers, cells, the
+    # heads' parameters, weightings; a memory at every K-th. A GRU has two products and no cell.
+    kept = L * gates * (2 if gru else 1) + (L - 1) * H + (0 if gru else L * H) + params + (R + W) * N
     features = H + R * M
-    # What backward makes: their gradients; those of the features as they come and in parts; what weight gradients
-    # are products of, the inputs of a layer's gates in a row.
-    backward = L * gates * (2 if gru else 1) + params + 2 * features + I + R * M + 2 * H
+    # What backward makes beside: the gradients of the heads' parameters and of the features, and what weight gradients
+    # are products of: the reads and hidden states that a step met, then these and the inputs in a row. The gradients of
+    # the gates take the place of the gates.
+    backward = params + features + (R * M + H) + (I + R * M + H)
     numbers = T * B * (kept + features + backward + I + 4 * O) + (T - 1) // every * B * M * N
     if every > 1:
         numbers += min(B, 8) * every * M * N  # a segment, for each thread and element of its tile
@@ -704,7 +705,7 @@ BEFORE_CALL = {
     "memories kept at other steps": ("sequence", _put(EVERY, 3)),
     "an LSTM's hidden state for its cell": ("sequence_backward", _swap(-22, -21)),
     "the first memory for the last": ("sequence_backward", lambda values: _put(-20, values[-25])(values)),
-    "read for write weights": ("sequence_backward", _swap(-14, -13)),
+    "read for write weights": ("sequence_backward", _swap(-13, -12)),
     "gradients of read and write weights": ("sequence_backward", _swap(-8, -7)),
     "read for write weights, initially": ("sequence_backward", _swap(-24, -23)),
     "state in: read for write weights": ("sequence", _swap(-14, -13)),
@@ -717,9 +718,9 @@ AFTER_CALL = {  # one number, by a thousandth
     "grad of the initial hidden state": ("sequence_backward", -5),
     "grad of the initial reads": ("sequence_backward", -6),
     "grad of the initial memory": ("sequence_backward", -9),
-    "a read": ("sequence", -4),
+    "a feature": ("sequence", -4),
     "the final memory": ("sequence", -15),
-    "a hidden state": ("sequence", -7),
+    "a cell": ("sequence", -6),
 }
 
 

@@ -54,26 +54,31 @@ struct SequenceState {
     T* cell;           // [L, B, H]; LSTM
 };
 
-// What every step leaves behind. Without backward only x of the first layer, hidden and reads have T steps; the others
-// have one, or two that take turns.
-template <class T>
-struct SequenceTrail {
-    T* x;              // [L, T, B, gates]  the gates' products; for a GRU those of what the layer is fed
-    T* y;              // [L, T, B, gates]  GRU: those of the hidden state
-    T* hidden;         // [L, T, B, H]
-    T* cell;           // [L, T, B, H]      LSTM
-    T* params;         // [T, B, P]
-    T* reads;          // [T, B, R M]
-    T* read_weights;   // [T, B, R, N]
-    T* write_weights;  // [T, B, W, N]
-    T* memory;         // [(T-1) / every, B, M, N]
-};
-
-// Sequence positions: where an element's piece of a [L, slots, B, size] array lies.
+// Where an element's piece of a [L, slots, B, size] array lies.
 template <class T>
 NTM_FN T* at(T* array, Size slots, Size B, Size size, Size layer, Size slot, Size b) {
     return array + ((layer * slots + slot) * B + b) * size;
 }
+
+// What every step leaves behind. Without backward only the features and x of the first layer have T steps, the others
+// one.
+template <class T>
+struct SequenceTrail {
+    T* x;              // [L, T, B, gates]  the gates' products; for a GRU those of what the layer is fed
+    T* y;              // [L, T, B, gates]  GRU: those of the hidden state
+    T* hidden;         // [L-1, T, B, H]    of the layers below the last
+    T* cell;           // [L, T, B, H]      LSTM
+    T* params;         // [T, B, P]
+    T* features;       // [T, B, H + R M]   the last layer's hidden state, and the reads
+    T* read_weights;   // [T, B, R, N]
+    T* write_weights;  // [T, B, W, N]
+    T* memory;         // [(T-1) / every, B, M, N]
+
+    NTM_FN T* hidden_after(const SequenceSizes& s, Size slots, Size layer, Size t, Size slot, Size b) const {
+        if (layer + 1 < s.L) return at(hidden, slots, s.B, s.H, layer, slot, b);
+        return features + (t * s.B + b) * (s.H + s.read_size());
+    }
+};
 
 template <class Team, class T = typename Team::Real>
 NTM_FN void copy(const Team& team, Size count, const T* from, T* to) {
@@ -103,7 +108,7 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
             const LayerWeights<T>& layer = w.layers[l];
             T* x = l ? at(trail.x + s.T * B * G, slots, B, G, l - 1, slot, first) : trail.x + (t * B + first) * G;
             T* hidden = state.hidden + (l * B + first) * H;
-            T* new_hidden = at(trail.hidden, s.T, B, H, l, t, first);
+            auto new_hidden = [&](Size e) { return trail.hidden_after(s, slots, l, t, slot, first + e); };
             if (l)
                 for (Size e = 0; e < E; ++e) copy(team, G, layer.bias_x, x + e * G);
             const Size K = s.fed(l);
@@ -113,7 +118,7 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
                 for (Size e = 0; e < E; ++e) copy(team, G, layer.bias_y, y + e * G);
                 team.product(E, H, G, hidden, layer.hidden, y);
                 for (Size e = 0; e < E; ++e)
-                    gru_gates(team, H, x + e * G, y + e * G, hidden + e * H, new_hidden + e * H);
+                    gru_gates(team, H, x + e * G, y + e * G, hidden + e * H, new_hidden(e));
             } else {
                 for (Size e = 0; e < E; ++e) {
                     copy(team, K, fed + e * K, joined + e * (K + H));
@@ -124,27 +129,26 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
                 T* cell = state.cell + (l * B + first) * H;
                 T* new_cell = at(trail.cell, slots, B, H, l, slot, first);
                 for (Size e = 0; e < E; ++e)
-                    lstm_gates(team, H, x + e * G, cell + e * H, new_hidden + e * H, new_cell + e * H);
+                    lstm_gates(team, H, x + e * G, cell + e * H, new_hidden(e), new_cell + e * H);
                 copy(team, E * H, new_cell, cell);
             }
-            copy(team, E * H, new_hidden, hidden);
+            for (Size e = 0; e < E; ++e) copy(team, H, new_hidden(e), hidden + e * H);
             fed = hidden;
         }
         T* params = trail.params + (slot * B + first) * P;
         for (Size e = 0; e < E; ++e) copy(team, P, w.heads_bias, params + e * P);
         team.product(E, H, P, fed, w.heads, params);
-        T* reads = trail.reads + (t * B + first) * F;
         for (Size e = 0; e < E; ++e) {
             const Size b = first + e;
-            T *rw = state.read_weights + b * RN, *ww = state.write_weights + b * WN;
-            memory_step(team, s.step, o, state.memory + b * MN, rw, ww, params + e * P, reads + e * F,
-                        state.memory + b * MN, rw, ww, inner);
+            T *rw = state.read_weights + b * RN, *ww = state.write_weights + b * WN, *reads = state.reads + b * F;
+            memory_step(team, s.step, o, state.memory + b * MN, rw, ww, params + e * P, reads, state.memory + b * MN, rw,
+                        ww, inner);
+            copy(team, F, reads, trail.features + (t * B + b) * (H + F) + H);
             if (keep) {
                 copy(team, RN, rw, trail.read_weights + (t * B + b) * RN);
                 copy(team, WN, ww, trail.write_weights + (t * B + b) * WN);
             }
         }
-        copy(team, E * F, reads, state.reads + first * F);
     }
 }
 
@@ -161,14 +165,13 @@ constexpr Size sequence_backward_scratch(const SequenceSizes& s, Size E) {
     return s.step.backward_scratch() + 2 * E * s.H + E * s.widest() + s.read_size() + 80 + memories;
 }
 
-// initial: the state before the first step, whose reads are not needed. grad_hidden [T, B, H] and grad_reads
-// [T, B, R M] are those of the outputs. grad comes in as the gradient of the final state and goes out as that of the
+// initial: the state before the first step, whose reads are not needed. out.x and out.y may be trail.x and trail.y. grad comes in as the gradient of the final state and goes out as that of the
 // initial one. Memories between the kept ones are written again, from the kept weights, a segment at a time.
 template <class Team, class T = typename Team::Real>
 NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Size E,
                               const SequenceWeights<T>& w, const SequenceState<const T>& initial,
                               const T* final_memory /*[B, M, N]*/, const SequenceTrail<const T>& trail,
-                              const T* grad_hidden, const T* grad_reads, const SequenceState<T>& grad,
+                              const T* grad_features /*[T, B, H + R M]*/, const SequenceState<T>& grad,
                               const SequenceGrads<T>& out, T* scratch) {
     const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
     const Size RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
@@ -209,7 +212,7 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
             const T* earlier_rw = t ? trail.read_weights + ((t - 1) * B + b) * RN : initial.read_weights + b * RN;
             const T* earlier_ww = t ? trail.write_weights + ((t - 1) * B + b) * WN : initial.write_weights + b * WN;
             team.tiles(F, [&](auto tile) NTM_INLINE {
-                tile.store(dr, tile.load(grad_reads + (t * B + b) * F) + tile.load(grad.reads + b * F));
+                tile.store(dr, tile.load(grad_features + (t * B + b) * (H + F) + H) + tile.load(grad.reads + b * F));
             });
             memory_step_backward(team, s.step, o, memory_before(t, begin, e), earlier_rw, earlier_ww,
                                  trail.params + (t * B + b) * P, memory_before(t + 1, begin, e),
@@ -218,7 +221,7 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
                                  grad.write_weights + b * WN, grad.memory + b * MN, grad.read_weights + b * RN,
                                  grad.write_weights + b * WN, dparams + e * P, inner);
         }
-        copy(team, E * H, grad_hidden + (t * B + first) * H, dh);
+        for (Size e = 0; e < E; ++e) copy(team, H, grad_features + (t * B + first + e) * (H + F), dh + e * H);
         team.product(E, P, H, dparams, w.heads, dh);
         for (Size l = s.L - 1; l >= 0; --l) {
             const LayerWeights<T>& layer = w.layers[l];
@@ -234,10 +237,12 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
             if (s.gru) {
                 T* dy = at(out.y, s.T, B, G, l, t, first);
                 const T* y = at(trail.y, s.T, B, G, l, t, first);
-                const T* hidden = t ? at(trail.hidden, s.T, B, H, l, t - 1, first) : initial.hidden + (l * B + first) * H;
-                for (Size e = 0; e < E; ++e)
-                    gru_gates_backward(team, H, x + e * G, y + e * G, hidden + e * H, dh + e * H, dx + e * G,
-                                       dy + e * G, dhidden + e * H);
+                for (Size e = 0; e < E; ++e) {
+                    const T* hidden = t ? trail.hidden_after(s, s.T, l, t - 1, t - 1, first + e)
+                                        : initial.hidden + (l * B + first + e) * H;
+                    gru_gates_backward(team, H, x + e * G, y + e * G, hidden, dh + e * H, dx + e * G, dy + e * G,
+                                       dhidden + e * H);
+                }
                 team.product(E, G, H, dy, layer.hidden, dhidden);
                 clear(E * K, below);
                 team.product(E, G, K, dx, layer.fed, below);
