@@ -233,7 +233,7 @@ class StepTape:
         self.memory = [memory.transpose(1, 2).contiguous()]
         # Every memory that backward needs, in one piece; the last one apart, as it is the caller's to keep.
         kept = self.steps - 1 if keep else min(self.steps - 1, 2)
-        self.history = self.memory[0].new_empty(kept, *self.memory[0].shape).unbind()
+        self.history = [torch.empty_like(self.memory[0]) for _ in range(kept)]
         self.read_weights, self.write_weights = [read_weights.contiguous()], [write_weights.contiguous()]
         self.params: list[Tensor] = []
         self.hidden: list[Tensor] = []
