@@ -208,7 +208,6 @@ class BuildNative(build_ext):
             return
         record["nvcc"] = version_line(nvcc)
         try:
-            architectures = cuda_architectures(nvcc)
             architectures = ";".join(cuda_architectures(nvcc))
             self.cmake("cuda", cxx, f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
             record["cuda"] = architectures.replace("-real", "")

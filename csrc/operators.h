@@ -137,9 +137,9 @@ struct Operators {
                                 const T* input_gates, const T* hidden_gates, const T* hidden,
                                 const T* grad_new_hidden,  // [B, H]
                                 T* grad_input_gates, T* grad_hidden_gates, T* grad_hidden, Launch);
-    // The whole sequence; see core/sequence.h. weights: for every layer of an LSTM [weight_fed, weight_hh] [gates, fed + H],
-    // of a GRU weight_fed [gates, fed] and weight_hh [gates, H]; after either bias_x and bias_y [gates]; last the heads'
-    // weight [P, H] and bias [P]. The state comes in as the initial one and
+    // The whole sequence; see core/sequence.h. weights: for every layer of an LSTM [weight_fed, weight_hh],
+    // [gates, fed + H], of a GRU weight_fed [gates, fed] and weight_hh [gates, H]; after either bias_x and bias_y
+    // [gates]; last the heads' weight [P, H] and bias [P]. The state comes in as the initial one and
     // goes out as the final one. keep: leave behind what the backward needs.
     Error (*sequence)(SequenceSizes, StepOptions, int keep,
                       const T* weights,

@@ -151,7 +151,7 @@ def sweep(node: str, check_seed: Callable[[int], None]) -> None:
 
 # --- cases ------------------------------------------------------------------------------------------------------------
 
-# The contract of DESIGN.md, section 6, said again: dimensions of inputs and outputs. G is 4N or 3N gates of N units.
+# The operators' contract, said again: dimensions of inputs and outputs. G is 4N or 3N gates of N units.
 SHAPES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "content_addressing": ({"memory": "BNM", "key": "BHM", "beta": "BH"}, {"content": "BHN"}),
     "interpolate": ({"content": "BHN", "previous": "BHN", "gate": "BH"}, {"gated": "BHN"}),

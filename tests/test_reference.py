@@ -252,7 +252,7 @@ def loop_address(M, w_prev, k, beta, g, s, gamma, eps=1e-8) -> np.ndarray:
 
 
 def loop_memory_step(M, read_w, write_w, raw, S, read_first, key_tanh=True, add_tanh=True, clip=20.0):
-    """DESIGN.md's memory step of one batch element: raw parameters walked through from the left."""
+    """The memory step of one batch element: raw parameters walked through from the left."""
     (N, width), R, W = M.shape, len(read_w), len(write_w)
     raw = raw if clip is None else np.clip(raw, -clip, clip)
     position = 0
@@ -384,7 +384,7 @@ def test_gru_gates_are_nn_gru() -> None:
     torch.testing.assert_close(other, (1 - z) * h + z * n, **EXACT)
 
 
-# --- the derivatives that the native code computes, as DESIGN.md derives them -----------------------------------------
+# --- the derivatives that the native code computes, as derived by hand -------------------------------------------------
 
 
 def softmax_backward(w: Tensor, dw: Tensor) -> Tensor:

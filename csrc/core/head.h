@@ -66,8 +66,8 @@ struct HeadGrads {
 
 constexpr Size address_backward_scratch(Size N, Size K) { return ring_size(N, K) + 16; }
 
-// From the weights w and their gradient, which is overwritten. grad_memory becomes grad_after, which may be itself, plus
-// what comes from here. For a head that reads M with these weights, grad_reads is the gradient of what it read.
+// From the weights w and their gradient, which is overwritten. grad_memory becomes grad_after, which may be itself,
+// plus what comes from here. For a head that reads M with these weights, grad_reads is the gradient of what it read.
 template <class Team, class T = typename Team::Real>
 NTM_FN void address_backward(const Team& team, Size N, Size M, Size K, T eps, const T* memory, const T* previous,
                              const Head<T>& head, const T* weights /*[N]*/, T* grad_weights /*[N], overwritten*/,

@@ -12,7 +12,9 @@ NTM_FN void read(const Team& team, Size N, Size M, const T* memory /*[M, N]*/, c
         M, N,
         [&](auto block, auto tile, auto& sums) NTM_INLINE {
             const auto w = tile.load(weights);
-            unroll<block.count>([&](auto k) NTM_INLINE { sums[k][0] += w * tile.load(memory + (block.first + k) * N); });
+            unroll<block.count>([&](auto k) NTM_INLINE {
+                sums[k][0] += w * tile.load(memory + (block.first + k) * N);
+            });
         },
         [&](Size m, const T* sum) NTM_INLINE { reads[m] = sum[0]; });
 }

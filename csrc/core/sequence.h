@@ -80,11 +80,6 @@ struct SequenceTrail {
     }
 };
 
-template <class Team, class T = typename Team::Real>
-NTM_FN void copy(const Team& team, Size count, const T* from, T* to) {
-    team.tiles(count, [&](auto tile) NTM_INLINE { tile.store(to, tile.load(from)); });
-}
-
 constexpr Size sequence_scratch(const SequenceSizes& s, Size E) {
     return s.step.forward_scratch() + E * s.widest() + 32;
 }
@@ -141,8 +136,8 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
         for (Size e = 0; e < E; ++e) {
             const Size b = first + e;
             T *rw = state.read_weights + b * RN, *ww = state.write_weights + b * WN, *reads = state.reads + b * F;
-            memory_step(team, s.step, o, state.memory + b * MN, rw, ww, params + e * P, reads, state.memory + b * MN, rw,
-                        ww, inner);
+            T* memory = state.memory + b * MN;
+            memory_step(team, s.step, o, memory, rw, ww, params + e * P, reads, memory, rw, ww, inner);
             copy(team, F, reads, trail.features + (t * B + b) * (H + F) + H);
             if (keep) {
                 copy(team, RN, rw, trail.read_weights + (t * B + b) * RN);
@@ -165,8 +160,9 @@ constexpr Size sequence_backward_scratch(const SequenceSizes& s, Size E) {
     return s.step.backward_scratch() + 2 * E * s.H + E * s.widest() + s.read_size() + 80 + memories;
 }
 
-// initial: the state before the first step, whose reads are not needed. out.x and out.y may be trail.x and trail.y. grad comes in as the gradient of the final state and goes out as that of the
-// initial one. Memories between the kept ones are written again, from the kept weights, a segment at a time.
+// initial: the state before the first step, whose reads are not needed. out.x and out.y may be trail.x and trail.y.
+// grad comes in as the gradient of the final state and goes out as that of the initial one. Memories between the kept
+// ones are written again, from the kept weights, a segment at a time.
 template <class Team, class T = typename Team::Real>
 NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Size E,
                               const SequenceWeights<T>& w, const SequenceState<const T>& initial,
@@ -262,7 +258,9 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
                     copy(team, H, joined + e * (K + H) + K, dhidden + e * H);
                 }
             }
-            std::swap(dh, next);
+            T* const spent = dh;
+            dh = next;
+            next = spent;
         }
     }
 }

@@ -21,11 +21,16 @@ NTM_FN void close_ring(const Team& team, Size N, Size K, T* ring) {
     team.sync();
 }
 
-// wg = g wc + (1-g) w_prev
+// wg = g wc + (1-g) w_prev, of vectors or of numbers
+template <class V, class T>
+NTM_FN V blend(V content, V previous, T gate) {
+    return gate * content + (1 - gate) * previous;
+}
+
 template <class Team, class T = typename Team::Real>
 NTM_FN void interpolate(const Team& team, Size N, const T* content, const T* previous, T gate, T* gated) {
     team.tiles(N, [&](auto tile) NTM_INLINE {
-        tile.store(gated, gate * tile.load(content) + (1 - gate) * tile.load(previous));
+        tile.store(gated, blend(tile.load(content), tile.load(previous), gate));
     });
 }
 
@@ -66,7 +71,9 @@ NTM_FN void circular_shift_backward(const Team& team, Size N, Size K, const T* g
         K, N,
         [&](auto block, auto tile, auto& sums) NTM_INLINE {
             const auto grad = tile.load(grad_shifted);
-            unroll<block.count>([&](auto k) NTM_INLINE { sums[k][0] += grad * tile.load(gated + S - (block.first + k)); });
+            unroll<block.count>([&](auto k) NTM_INLINE {
+                sums[k][0] += grad * tile.load(gated + S - (block.first + k));
+            });
         },
         [&](Size j, const T* sum) NTM_INLINE { grad_shift[j] = sum[0]; });
     team.tiles(N, [&](auto tile) NTM_INLINE {

@@ -130,7 +130,7 @@ NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const Ste
     };
     auto through_reads = [&](const T* source) {
         for (Size h = 0; h < s.R; ++h) {
-            team.tiles(N, [&](auto tile) NTM_INLINE { tile.store(grad_focus, tile.load(grad_new_read_weights + h * N)); });
+            copy(team, N, grad_new_read_weights + h * N, grad_focus);
             through_head(h, source, read_weights + h * N, new_read_weights + h * N, grad_focus, grad_reads + h * M,
                          grad_read_weights + h * N);
         }
@@ -138,7 +138,7 @@ NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const Ste
 
     if (!o.read_first) through_reads(new_memory);
     active.write_vectors(team, s, o, params);
-    team.tiles(s.W * N, [&](auto tile) NTM_INLINE { tile.store(grad_written, tile.load(grad_new_write_weights)); });
+    copy(team, s.W * N, grad_new_write_weights, grad_written);
     team.sync();
     T* grad_erase = grad_params + s.write_params();  // e and a of a head lie one after the other: a stride of 2M
     write_backward(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, dM, grad_memory,

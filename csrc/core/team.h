@@ -10,10 +10,10 @@
 //                        tile.load(p) and tile.store(p, v) move p[tile.begin ...], tile.only(v, fill) replaces the
 //                        lanes past n
 //   rows<S>(m, n, f, done)
-//                        S sums over n for every row of 0..m: calls f(block, tile, sums) for blocks of rows and tiles of
-//                        n; for every k of 0..block.count, by unroll, it adds to sums[k][0..S] what the tile contributes
-//                        to row block.first + k, through tile.only where lanes past n might count. Then one thread
-//                        calls done(row, totals) for every row. What a block's rows share is loaded once.
+//                        S sums over n for every row of 0..m: calls f(block, tile, sums) for blocks of rows and tiles
+//                        of n; for every k of 0..block.count, by unroll, it adds to sums[k][0..S] what the tile
+//                        contributes to row block.first + k, through tile.only where lanes past n might count. Then
+//                        one thread calls done(row, totals) for every row. What a block's rows share is loaded once.
 //   one(f)               one thread calls f()
 //   each(n, f)           calls f(i) for every i of 0..n, shared out over the threads
 //   sum(v), max(v)       over all lanes and threads; every thread gets the result
@@ -62,5 +62,11 @@ struct Arena {
         return piece;
     }
 };
+
+// to = from; they may be the same
+template <class Team, class T = typename Team::Real>
+NTM_FN void copy(const Team& team, Size count, const T* from, T* to) {
+    team.tiles(count, [&](auto tile) NTM_INLINE { tile.store(to, tile.load(from)); });
+}
 
 }  // namespace ntm

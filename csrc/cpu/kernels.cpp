@@ -318,7 +318,7 @@ struct PackedSequence {
     }
 };
 
-// Calls f(team, first, count, scratch) for tiles of the batch, of nearly the same size, the same number on every thread.
+// Calls f(team, first, count, scratch) for tiles of the batch, of nearly the same size, as many on every thread.
 template <class T, class F>
 Error sequence_tiles(const SequenceSizes& s, Size scratch, const Launch& launch, F f) {
     if (s.B == 0) return nullptr;

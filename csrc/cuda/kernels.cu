@@ -70,8 +70,7 @@ __global__ void interpolate_kernel(Size rows, Size N,
                                    T* __restrict__ gated) {         // [rows, N]
     const Size stride = static_cast<Size>(gridDim.x) * blockDim.x;
     for (Size i = static_cast<Size>(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * N; i += stride) {
-        const T g = gate[i / N];
-        gated[i] = g * content[i] + (T(1) - g) * previous[i];
+        gated[i] = blend(content[i], previous[i], gate[i / N]);
     }
 }
 
