@@ -384,7 +384,7 @@ def test_gru_gates_are_nn_gru() -> None:
     torch.testing.assert_close(other, (1 - z) * h + z * n, **EXACT)
 
 
-# --- the derivatives that the native code computes, as derived by hand -------------------------------------------------
+# --- the derivatives that the native code computes, as derived by hand ------------------------------------------------
 
 
 def softmax_backward(w: Tensor, dw: Tensor) -> Tensor:

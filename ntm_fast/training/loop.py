@@ -83,7 +83,7 @@ class TrainConfig:
     clip_grad: float = _option(10.0, "largest gradient; 0 switches clipping off", least=0)
     clip_grad_by: str = _option("norm", "clip the norm of all gradients, or each value", choices=("norm", "value"))
     batch_size: int = _option(8, "sequences of an update", least=1)
-    max_sequences: int = _option(100_000, "stop, solved or not, after so many training sequences", least=1)
+    max_sequences: int = _option(200_000, "stop, solved or not, after so many training sequences", least=1)
     validate_every: int = _option(500, "training sequences between two rows of metrics.csv", least=1)
     seed: int = _option(0, "decides every random draw", least=0)
     engine: str = _option("auto", "engine of FastNTM", choices=ENGINES)
