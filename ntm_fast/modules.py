@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops, recurrence, reference
+from . import _native, ops, recurrence, reference
 from .controllers import CONTROLLERS
 from .state import NTMState, NTMTrace
 
@@ -158,7 +158,10 @@ class _NTM(nn.Module):
             raise RuntimeError(f"engine={self.engine!r} cannot serve: {reason}")
         if self.engine != "auto":
             return self.engine
-        return "sequence" if sequence is None else "step" if step is None else "reference"
+        if step is not None:
+            _native.warn_once(device.type)
+            return "reference"
+        return "sequence" if sequence is None else "step"
 
     def _check_inputs(self, inputs: Tensor, dimensions: int) -> None:
         if not isinstance(inputs, Tensor):

@@ -272,7 +272,7 @@ def transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def _describe(op: _Operator, letters: str) -> str:
+def _describe(letters: str) -> str:
     return "(" + ", ".join(letters) + ")"
 
 
@@ -286,7 +286,7 @@ def _check(op: _Operator, tensors: tuple[Tensor, ...], options: dict[str, Any]) 
         shape = tensor.shape
         if len(shape) != len(letters):
             raise ValueError(
-                f"{op.name}: {name} must have shape {_describe(op, letters)}, {len(letters)} dimensions; got shape "
+                f"{op.name}: {name} must have shape {_describe(letters)}, {len(letters)} dimensions; got shape "
                 f"{tuple(shape)}"
             )
         if tensor.dtype != first.dtype:
@@ -298,12 +298,12 @@ def _check(op: _Operator, tensors: tuple[Tensor, ...], options: dict[str, Any]) 
                 dims[letter], owners[letter] = size, name
                 if size == 0 and letter != "B":
                     raise ValueError(
-                        f"{op.name}: {name} must not be empty, {letter} of {_describe(op, letters)} is 0; got shape "
+                        f"{op.name}: {name} must not be empty, {letter} of {_describe(letters)} is 0; got shape "
                         f"{tuple(shape)}"
                     )
             elif dims[letter] != size:
                 raise ValueError(
-                    f"{op.name}: {name} must have shape {_describe(op, letters)} with {letter} = {dims[letter]} as "
+                    f"{op.name}: {name} must have shape {_describe(letters)} with {letter} = {dims[letter]} as "
                     f"in {owners[letter]}; got shape {tuple(shape)}"
                 )
     if not first.is_floating_point():

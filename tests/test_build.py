@@ -171,26 +171,29 @@ def test_unknown_variant_is_named(tmp_path):
         assert "avx9" in told["cpu_reason"] and "x86-64-v3" in told["cpu_reason"]
 
 
-COUNT_WARNINGS = (
-    """
+def count_warnings(work: str = WORK) -> str:
+    """A program that calls work() three times and tells what it was warned of."""
+    indented = "\n".join("    " + line for line in work.splitlines())
+    return f"""
 import warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import ntm_fast
     at_import = len(caught)
-"""
-    + "\n".join("    " + line for line in WORK.splitlines())
-    + """
+{indented}
     for _ in range(3):
         work()
 caught = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
-result = {"at_import": at_import, "warnings": caught, **ntm_fast.capabilities()}
+result = {{"at_import": at_import, "warnings": caught, **ntm_fast.capabilities()}}
 """
-)
 
 
-def test_switched_off_means_the_reference_and_one_warning(tmp_path):
-    told = python(COUNT_WARNINGS, tmp_path, NTM_CPU="off")
+MODULE_ALONE = "import torch\nfrom ntm_fast import FastNTM\nwork = lambda: FastNTM(3, 2)(torch.randn(4, 2, 3))"
+
+
+@pytest.mark.parametrize("work", (WORK, MODULE_ALONE), ids=("operators", "module"))
+def test_switched_off_means_the_reference_and_one_warning(tmp_path, work):
+    told = python(count_warnings(work), tmp_path, NTM_CPU="off")
     assert told["cpu"] is None and "NTM_CPU=off" in told["cpu_reason"]
     assert told["at_import"] == 0
     assert len(told["warnings"]) == 1 and "NTM_CPU=off" in told["warnings"][0]
@@ -198,7 +201,7 @@ def test_switched_off_means_the_reference_and_one_warning(tmp_path):
 
 @native_cpu
 def test_no_warning_where_the_native_part_serves(tmp_path):
-    assert python(COUNT_WARNINGS, tmp_path)["warnings"] == []
+    assert python(count_warnings(), tmp_path)["warnings"] == []
 
 
 @native_cpu
@@ -351,7 +354,7 @@ def test_install_without_a_compiler_is_pure_python_and_says_so(tree, tmp_path):
     done = build(tree, PATH=str(tmp_path / "bin"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list((tree / "out").rglob("*.so"))
-    told = python(COUNT_WARNINGS, tmp_path, PYTHONPATH=str(tree / "out"))
+    told = python(count_warnings(), tmp_path, PYTHONPATH=str(tree / "out"))
     assert told["cpu"] is None and told["cuda"] is None
     assert "no C++ compiler" in told["cpu_reason"] and "no C++ compiler" in told["cuda_reason"]
     assert told["at_import"] == 0
