@@ -76,7 +76,8 @@ class Controller(nn.Module):
         return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
 
 
-def _by_layer(weights: list[Tensor], count: int) -> list[tuple[Tensor, ...]]:
+def by_layer(weights: list[Tensor], count: int) -> list[tuple[Tensor, ...]]:
+    """The weights of each layer, ``count`` of them, out of those of all."""
     return [tuple(weights[start : start + count]) for start in range(0, len(weights), count)]
 
 
@@ -88,7 +89,7 @@ class LSTM(Controller):
 
     def bind(self, weights: list[Tensor], kernels: ModuleType) -> Step:
         joined = []
-        for weight_ih, weight_hh, bias_ih, bias_hh in _by_layer(weights, 4):
+        for weight_ih, weight_hh, bias_ih, bias_hh in by_layer(weights, 4):
             joined.append((torch.cat([weight_ih, weight_hh], 1), bias_ih + bias_hh))  # one product a step
 
         def step(x: Tensor, layers: Layers) -> tuple[Tensor, Layers]:
@@ -109,7 +110,7 @@ class GRU(Controller):
     state_names = ("hidden",)
 
     def bind(self, weights: list[Tensor], kernels: ModuleType) -> Step:
-        weights = _by_layer(weights, 4)
+        weights = by_layer(weights, 4)
 
         def step(x: Tensor, layers: Layers) -> tuple[Tensor, Layers]:
             new_layers = []
@@ -128,7 +129,7 @@ class FeedForward(Controller):
     state_names = ()
 
     def bind(self, weights: list[Tensor], kernels: ModuleType) -> Step:
-        weights = _by_layer(weights, 2)
+        weights = by_layer(weights, 2)
 
         def step(x: Tensor, layers: Layers) -> tuple[Tensor, Layers]:
             for weight, bias in weights:

@@ -155,6 +155,11 @@ def _native_scalars(op: _Operator, dims: dict[str, int], options: tuple) -> list
     return [dims[letter] for letter in op.sizes] + list(step_scalars(options) if op.name == "memory_step" else options)
 
 
+def step_sizes(memory: Tensor, read_weights: Tensor, write_weights: Tensor, shift_range: int) -> tuple[int, ...]:
+    """memory_step's sizes as the native code takes them: B, R, W, N, M, 2S+1."""
+    return read_weights.shape[0], read_weights.shape[1], write_weights.shape[1], *memory.shape[1:], 2 * shift_range + 1
+
+
 def step_scalars(options: tuple) -> tuple:
     """memory_step's options as the native code takes them; shift_range is among the sizes there."""
     _, read_first, key_activation, add_activation, clip, eps = options

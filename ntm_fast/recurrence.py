@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _native, ops
+from .controllers import by_layer
 from .sequence import SequenceTape
 
 
@@ -211,25 +212,22 @@ class Plan(NamedTuple):
     options: tuple  # of memory_step, in its order
     reference: Callable  # (inputs, state tensors, weights) -> the same outputs, differentiable to any order
 
+    def split(self, tensors: tuple[Tensor, ...]) -> tuple[tuple, tuple, list[tuple], tuple]:
+        """The tensors of :func:`run` -> the memory's state, the controller's, each layer's weights, the heads'."""
+        state, weights, heads = tensors[: 4 + self.state_tensors], tensors[4 + self.state_tensors : -2], tensors[-2:]
+        return state[:4], state[4:], by_layer(weights, len(weights) // self.layers), heads
+
 
 class StepTape:
     """A sequence on its way forward, and what backward needs of it."""
 
     def __init__(self, plan: Plan, keep: bool, inputs: Tensor, tensors: tuple[Tensor, ...]):
-        memory, read_weights, write_weights, reads, *rest = tensors
-        state, weights = rest[: plan.state_tensors], rest[plan.state_tensors :]
-        *weights, self.heads_weight, self.heads_bias = weights
-        self.plan, self.keep = plan, keep
+        (memory, read_weights, write_weights, reads), state, weights, heads = plan.split(tensors)
+        self.heads_weight, self.heads_bias = heads
+        self.keep = keep
         self.steps, self.batch, _ = inputs.shape
-        self.sizes = (
-            self.batch,
-            read_weights.shape[1],
-            write_weights.shape[1],
-            memory.shape[1],
-            memory.shape[2],
-            2 * plan.options[0] + 1,
-        )
-        self.scalars = (*self.sizes, *ops.step_scalars(plan.options))
+        sizes = ops.step_sizes(memory, read_weights, write_weights, plan.options[0])
+        self.scalars = (*sizes, *ops.step_scalars(plan.options))
         self.memory = [memory.transpose(1, 2).contiguous()]
         # Every memory that backward needs, in one piece; the last one apart, as it is the caller's to keep.
         kept = self.steps - 1 if keep else min(self.steps - 1, 2)
@@ -239,10 +237,8 @@ class StepTape:
         self.hidden: list[Tensor] = []
         self.reads = reads.contiguous()
         self.layers = []
-        per_layer = len(weights) // plan.layers
         flat = inputs.reshape(self.steps * self.batch, -1)
-        for layer in range(plan.layers):
-            own = tuple(weights[layer * per_layer : (layer + 1) * per_layer])
+        for layer, own in enumerate(weights):
             layer_state = tuple(tensor[layer] for tensor in state)
             self.layers.append(_LAYERS[plan.controller](own, flat, self.steps, layer_state, keep))
             flat = flat[:, :0]  # the layers above have no inputs of their own

@@ -36,18 +36,14 @@ class SequenceTape:
     """A sequence on its way forward, and what its backward needs: see :class:`recurrence.StepTape`."""
 
     def __init__(self, plan: Plan, keep: bool, inputs: Tensor, tensors: tuple[Tensor, ...]):
-        memory, read_weights, write_weights, reads, *rest = tensors
-        state, weights = rest[: plan.state_tensors], rest[plan.state_tensors :]
-        *weights, heads_weight, heads_bias = weights
+        (memory, read_weights, write_weights, reads), state, weights, heads = plan.split(tensors)
+        heads_weight, heads_bias = heads
         self.gru, self.keep, self.layers = plan.controller == "gru", keep, plan.layers
         self.steps, self.batch, self.inputs_size = inputs.shape
         self.inputs = inputs.reshape(self.steps * self.batch, -1)
-        self.weights = list(zip(*[iter(weights)] * 4))  # of each layer: weight_ih, weight_hh, bias_ih, bias_hh
-        self.heads_weight = heads_weight
-        self.hidden_size, self.gates = heads_weight.shape[1], self.weights[0][0].shape[0]
-        (_, locations, width), readers = memory.shape, read_weights.shape[1]
-        self.read_size = readers * width
-        step = self.batch, readers, write_weights.shape[1], locations, width, 2 * plan.options[0] + 1
+        self.hidden_size, self.gates = heads_weight.shape[1], weights[0][0].shape[0]
+        self.read_size = reads[0].numel()
+        step = ops.step_sizes(memory, read_weights, write_weights, plan.options[0])
         memory_bytes = memory.numel() * memory.element_size()
         self.every = kept_every(plan.memory_checkpoint, self.steps, memory_bytes) if keep else self.steps
         sizes = self.steps, self.batch, self.layers, self.hidden_size, self.gru, *step, self.every
@@ -58,7 +54,7 @@ class SequenceTape:
             self.initial.append(self._empty(0))  # no cell
 
         flat = []
-        for layer, (weight_ih, weight_hh, bias_ih, bias_hh) in enumerate(self.weights):
+        for layer, (weight_ih, weight_hh, bias_ih, bias_hh) in enumerate(weights):
             fed = weight_ih if layer else weight_ih[:, self.inputs_size :]
             bias_x = bias_ih if self.gru else bias_ih + bias_hh
             if not layer:

@@ -4,7 +4,6 @@
 //
 // Beyond what team.h names, the Team here provides
 //   product(E, K, C, in, packed, out)   out[e, c] += sum_k in[e, k] weight[k, c], rows contiguous, weight packed
-//   packed_size(K, C)                   of a packed weight
 #pragma once
 
 #include "core/controller.h"

@@ -324,9 +324,9 @@ Error sequence_tiles(const SequenceSizes& s, Size scratch, const Launch& launch,
     if (s.B == 0) return nullptr;
     const Size threads = std::min<Size>(launch.threads, s.B);
     const Size per_thread = (s.B + threads - 1) / threads;
-    const Size tiles = threads * ((per_thread + sequence_tile - 1) / sequence_tile);
-    return parallel<T>(std::min(tiles, s.B), grain, scratch, launch, [=](auto, Size i, T* own) {
-        const Size count = std::min(tiles, s.B), first = s.B * i / count, end = s.B * (i + 1) / count;
+    const Size tiles = std::min(s.B, threads * ((per_thread + sequence_tile - 1) / sequence_tile));
+    return parallel<T>(tiles, grain, scratch, launch, [=](auto, Size i, T* own) {
+        const Size first = s.B * i / tiles, end = s.B * (i + 1) / tiles;
         f(SequenceThread<T>{}, first, end - first, own);
     });
 }
