@@ -27,8 +27,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-# One cubin for each architecture in wide use that nvcc knows, and PTX of the newest for those that come later.
-ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+# One cubin for each generation that nvcc knows, which its later minors run too, and PTX of the newest for what comes.
+ARCHITECTURES = ("75", "80", "90", "100", "120")
 # The environment that CMake and the compilers listen to: a build folder is reused only where it is the same.
 ENVIRONMENT = re.compile(r"CMAKE_|CXX|CUDA|NVCC_|CPATH|CPLUS_|LIBRARY_PATH|LDFLAGS|PATH$|SDKROOT|MACOSX_")
 

@@ -78,7 +78,7 @@ struct FromMembers {
     }
 };
 template <>
-struct From<Launch> : FromMembers<Launch, int, int, void*> {};
+struct From<Launch> : FromMembers<Launch, int, int, void*, void*, Size*> {};
 template <>
 struct From<StepSizes> : FromMembers<StepSizes, Size, Size, Size, Size, Size, Size> {};
 template <>

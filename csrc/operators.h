@@ -1,7 +1,7 @@
 // The contract between the binding and the backends: one table of plain functions per backend and dtype.
 //
-// Every function takes sizes, pointers to contiguous arrays (the shape stands behind each), options and a
-// Launch, and returns nullptr or the text of what went wrong. Outputs are fully overwritten. A null entry
+// Every function takes a Launch, sizes, options and pointers to contiguous arrays (the shape stands behind each), and
+// returns nullptr or the text of what went wrong. Outputs are fully overwritten. A null entry
 // means that the backend does not serve that operator.
 //
 // B batch, H heads of one kind, R read and W write heads, N locations, M width, K = 2S+1 shifts. For the
@@ -9,97 +9,94 @@
 // A memory is location-minor, [B, M, N]: seen from PyTorch, the transpose of the paper's (B, N, M).
 #pragma once
 
+#include <limits>
+
 #include "core/sequence.h"
 
 namespace ntm {
 
 using Error = const char*;
 
-// How to run: the number of CPU threads, or the CUDA device and stream.
+// How to run: the number of CPU threads; or the CUDA device and stream, and room there for the scratch of sizes that
+// shared memory cannot hold. Where needed is not null, nothing runs: the bytes of that room are stored to it.
 struct Launch {
     int threads = 1;
     int device = 0;
     void* stream = nullptr;
+    void* workspace = nullptr;
+    Size* needed = nullptr;
 };
 
 template <class T>
 struct Operators {
-    Error (*content_addressing)(Size B, Size H, Size N, Size M, double eps,
+    Error (*content_addressing)(Launch, Size B, Size H, Size N, Size M, double eps,
                                 const T* memory,        // [B, M, N]
                                 const T* key,           // [B, H, M]
                                 const T* beta,          // [B, H]
-                                T* content,             // [B, H, N]
-                                Launch);
-    Error (*content_addressing_backward)(Size B, Size H, Size N, Size M, double eps,
+                                T* content);             // [B, H, N]
+    Error (*content_addressing_backward)(Launch, Size B, Size H, Size N, Size M, double eps,
                                          const T* memory, const T* key, const T* beta,
                                          const T* content,        // [B, H, N]  the forward's output
                                          const T* grad_content,   // [B, H, N]
                                          T* grad_memory,          // [B, M, N]
                                          T* grad_key,             // [B, H, M]
-                                         T* grad_beta,            // [B, H]
-                                         Launch);
-    Error (*interpolate)(Size B, Size H, Size N,
+                                         T* grad_beta);            // [B, H]
+    Error (*interpolate)(Launch, Size B, Size H, Size N,
                          const T* content,   // [B, H, N]
                          const T* previous,  // [B, H, N]
                          const T* gate,      // [B, H]
-                         T* gated,           // [B, H, N]
-                         Launch);
-    Error (*interpolate_backward)(Size B, Size H, Size N,
+                         T* gated);           // [B, H, N]
+    Error (*interpolate_backward)(Launch, Size B, Size H, Size N,
                                   const T* content, const T* previous, const T* gate,
                                   const T* grad_gated,  // [B, H, N]
-                                  T* grad_content, T* grad_previous, T* grad_gate, Launch);
-    Error (*circular_shift)(Size B, Size H, Size N, Size K,
+                                  T* grad_content, T* grad_previous, T* grad_gate);
+    Error (*circular_shift)(Launch, Size B, Size H, Size N, Size K,
                             const T* weights,  // [B, H, N]
                             const T* shift,    // [B, H, K]
-                            T* shifted,        // [B, H, N]
-                            Launch);
-    Error (*circular_shift_backward)(Size B, Size H, Size N, Size K,
+                            T* shifted);        // [B, H, N]
+    Error (*circular_shift_backward)(Launch, Size B, Size H, Size N, Size K,
                                      const T* weights, const T* shift,
                                      const T* grad_shifted,  // [B, H, N]
-                                     T* grad_weights, T* grad_shift, Launch);
-    Error (*sharpen)(Size B, Size H, Size N,
+                                     T* grad_weights, T* grad_shift);
+    Error (*sharpen)(Launch, Size B, Size H, Size N,
                      const T* weights,  // [B, H, N]
                      const T* gamma,    // [B, H]
-                     T* sharpened,      // [B, H, N]
-                     Launch);
-    Error (*sharpen_backward)(Size B, Size H, Size N,
+                     T* sharpened);      // [B, H, N]
+    Error (*sharpen_backward)(Launch, Size B, Size H, Size N,
                               const T* weights, const T* gamma,
                               const T* sharpened,       // [B, H, N]  the forward's output
                               const T* grad_sharpened,  // [B, H, N]
-                              T* grad_weights, T* grad_gamma, Launch);
-    Error (*address)(Size B, Size H, Size N, Size M, Size K, double eps,
+                              T* grad_weights, T* grad_gamma);
+    Error (*address)(Launch, Size B, Size H, Size N, Size M, Size K, double eps,
                      const T* memory, const T* previous, const T* key, const T* beta, const T* gate,
                      const T* shift, const T* gamma,
-                     T* weights,  // [B, H, N]
-                     Launch);
-    Error (*address_backward)(Size B, Size H, Size N, Size M, Size K, double eps,
+                     T* weights);  // [B, H, N]
+    Error (*address_backward)(Launch, Size B, Size H, Size N, Size M, Size K, double eps,
                               const T* memory, const T* previous, const T* key, const T* beta, const T* gate,
                               const T* shift, const T* gamma,
                               const T* weights,       // [B, H, N]  the forward's output
                               const T* grad_weights,  // [B, H, N]
                               T* grad_memory, T* grad_previous, T* grad_key, T* grad_beta, T* grad_gate,
-                              T* grad_shift, T* grad_gamma, Launch);
-    Error (*erase_add_write)(Size B, Size H, Size N, Size M,
+                              T* grad_shift, T* grad_gamma);
+    Error (*erase_add_write)(Launch, Size B, Size H, Size N, Size M,
                              const T* memory,   // [B, M, N]
                              const T* weights,  // [B, H, N]
                              const T* erase,    // [B, H, M]
                              const T* add,      // [B, H, M]
-                             T* written,        // [B, M, N]
-                             Launch);
-    Error (*erase_add_write_backward)(Size B, Size H, Size N, Size M,
+                             T* written);        // [B, M, N]
+    Error (*erase_add_write_backward)(Launch, Size B, Size H, Size N, Size M,
                                       const T* memory, const T* weights, const T* erase, const T* add,
                                       const T* grad_written,  // [B, M, N]
-                                      T* grad_memory, T* grad_weights, T* grad_erase, T* grad_add, Launch);
-    Error (*read)(Size B, Size H, Size N, Size M,
+                                      T* grad_memory, T* grad_weights, T* grad_erase, T* grad_add);
+    Error (*read)(Launch, Size B, Size H, Size N, Size M,
                   const T* memory,   // [B, M, N]
                   const T* weights,  // [B, H, N]
-                  T* reads,          // [B, H, M]
-                  Launch);
-    Error (*read_backward)(Size B, Size H, Size N, Size M,
+                  T* reads);          // [B, H, M]
+    Error (*read_backward)(Launch, Size B, Size H, Size N, Size M,
                            const T* memory, const T* weights,
                            const T* grad_reads,  // [B, H, M]
-                           T* grad_memory, T* grad_weights, Launch);
-    Error (*memory_step)(StepSizes, StepOptions,
+                           T* grad_memory, T* grad_weights);
+    Error (*memory_step)(Launch, StepSizes, StepOptions,
                          const T* memory,         // [B, M, N]  M_{t-1}
                          const T* read_weights,   // [B, R, N]  of the previous step
                          const T* write_weights,  // [B, W, N]  of the previous step
@@ -107,48 +104,43 @@ struct Operators {
                          T* reads,                // [B, R, M]
                          T* new_memory,           // [B, M, N]  M_t
                          T* new_read_weights,     // [B, R, N]
-                         T* new_write_weights,    // [B, W, N]
-                         Launch);
-    Error (*memory_step_backward)(StepSizes, StepOptions,
+                         T* new_write_weights);    // [B, W, N]
+    Error (*memory_step_backward)(Launch, StepSizes, StepOptions,
                                   const T* memory, const T* read_weights, const T* write_weights, const T* params,
                                   const T* new_memory, const T* new_read_weights, const T* new_write_weights,
                                   const T* grad_reads, const T* grad_new_memory,
                                   const T* grad_new_read_weights, const T* grad_new_write_weights,
                                   T* grad_memory, T* grad_read_weights, T* grad_write_weights,
-                                  T* grad_params,  // [B, P]
-                                  Launch);
-    Error (*lstm_gates)(Size B, Size H,
+                                  T* grad_params);  // [B, P]
+    Error (*lstm_gates)(Launch, Size B, Size H,
                         const T* gates,  // [B, 4H]  i, f, g, o, as in nn.LSTM
                         const T* cell,   // [B, H]
                         T* hidden,       // [B, H]
-                        T* new_cell,     // [B, H]
-                        Launch);
-    Error (*lstm_gates_backward)(Size B, Size H,
+                        T* new_cell);     // [B, H]
+    Error (*lstm_gates_backward)(Launch, Size B, Size H,
                                  const T* gates, const T* cell, const T* new_cell,
                                  const T* grad_hidden, const T* grad_new_cell,
-                                 T* grad_gates, T* grad_cell, Launch);
-    Error (*gru_gates)(Size B, Size H,
+                                 T* grad_gates, T* grad_cell);
+    Error (*gru_gates)(Launch, Size B, Size H,
                        const T* input_gates,   // [B, 3H]  r, z, n, as in nn.GRU
                        const T* hidden_gates,  // [B, 3H]
                        const T* hidden,        // [B, H]
-                       T* new_hidden,          // [B, H]
-                       Launch);
-    Error (*gru_gates_backward)(Size B, Size H,
+                       T* new_hidden);          // [B, H]
+    Error (*gru_gates_backward)(Launch, Size B, Size H,
                                 const T* input_gates, const T* hidden_gates, const T* hidden,
                                 const T* grad_new_hidden,  // [B, H]
-                                T* grad_input_gates, T* grad_hidden_gates, T* grad_hidden, Launch);
+                                T* grad_input_gates, T* grad_hidden_gates, T* grad_hidden);
     // The whole sequence; see core/sequence.h. weights: for every layer of an LSTM [weight_fed, weight_hh],
     // [gates, fed + H], of a GRU weight_fed [gates, fed] and weight_hh [gates, H]; after either bias_x and bias_y
     // [gates]; last the heads' weight [P, H] and bias [P]. The state comes in as the initial one and
     // goes out as the final one. keep: leave behind what the backward needs.
-    Error (*sequence)(SequenceSizes, StepOptions, int keep,
+    Error (*sequence)(Launch, SequenceSizes, StepOptions, int keep,
                       const T* weights,
                       T* memory, T* read_weights, T* write_weights, T* reads, T* hidden, T* cell,  // state
                       T* x, T* y, T* lower_hidden, T* all_cell, T* params, T* features,           // trail
-                      T* all_read_weights, T* all_write_weights, T* all_memory,
-                      Launch);
+                      T* all_read_weights, T* all_write_weights, T* all_memory);
     // The gradient of the state comes in as that of the final one and goes out as that of the initial one.
-    Error (*sequence_backward)(SequenceSizes, StepOptions,
+    Error (*sequence_backward)(Launch, SequenceSizes, StepOptions,
                                const T* weights,
                                const T* memory, const T* read_weights, const T* write_weights, const T* hidden,
                                const T* cell,          // the initial state
@@ -160,9 +152,21 @@ struct Operators {
                                T* grad_memory, T* grad_read_weights, T* grad_write_weights, T* grad_state_reads,
                                T* grad_state_hidden, T* grad_state_cell,  // gradient of the state
                                T* grad_x, T* grad_y,  // [L, T, B, gates]; may be x and y
-                               T* grad_params,        // [T, B, P]
-                               Launch);
+                               T* grad_params);        // [T, B, P]
 };
+
+// Has a table's entry done by a body of core/element.h, whose members are the entry's parameters: Run::run(body, launch)
+// is how a backend does it.
+template <class Body, class Run, class... Parameters>
+void serve(Error (*&entry)(Launch, Parameters...)) {
+    entry = [](Launch launch, Parameters... parameters) -> Error {
+        const Body body{parameters...};
+        constexpr Size most = std::numeric_limits<Index>::max() / 2;
+        if (body.cost() > most || body.scratch(true) > most)
+            return "ntm_fast: one element of the batch is too large for the native kernels";
+        return Run::run(body, launch);
+    };
+}
 
 struct Backend {
     const char* name;  // "baseline", "x86-64-v3", "x86-64-v4", or the CUDA architectures, "80;90;120-virtual"

@@ -43,6 +43,7 @@ class _Part(NamedTuple):
     id: int | None  # of the loaded backend, for the binding
     name: str | None  # of the CPU variant, or the CUDA architectures
     reason: str | None  # why it does not serve; None when it does
+    cuda: bool = False  # built from csrc/cuda: may ask for room on the device
 
 
 @functools.cache
@@ -152,7 +153,7 @@ def _cuda() -> _Part:
         reason = f"this torch ({torch.__version__}) has no CUDA"
     else:
         reason = extension.problem(backend) or _no_device(name)
-    return _Part(backend, name, reason)
+    return _Part(backend, name, reason, cuda=True)
 
 
 def _no_device(architectures: str) -> str | None:
@@ -204,7 +205,15 @@ def call(operator: str, like: torch.Tensor, *values: Any) -> None:
         launch = (torch.get_num_threads(), 0, 0)
     if part.reason is not None:
         raise RuntimeError(f"ntm_fast: no native {operator} on {like.device.type}: {part.reason}")
-    getattr(_extension(), operator)(part.id, like.dtype is torch.float64, *values, *launch)
+    function, is_double = getattr(_extension(), operator), like.dtype is torch.float64
+    workspace = 0
+    if part.cuda:
+        needed = ctypes.c_int64()
+        function(part.id, is_double, *launch, 0, ctypes.addressof(needed), *values)
+        if needed.value:  # given back on return: to what is queued behind, on this stream
+            room = like.new_empty(needed.value, dtype=torch.uint8)
+            workspace = room.data_ptr()
+    function(part.id, is_double, *launch, workspace, 0, *values)
 
 
 def available(device_type: str) -> bool:

@@ -8,7 +8,7 @@ namespace ntm {
 
 // A, the key's norm
 template <class Team, class T = typename Team::Real>
-NTM_FN T key_norm(const Team& team, Size M, T eps, const T* key /*[M]*/) {
+NTM_FN T key_norm(const Team& team, Index M, T eps, const T* key /*[M]*/) {
     typename Team::V squares{};
     team.tiles(M, [&](auto tile) NTM_INLINE {
         const auto k = tile.load(key);
@@ -19,42 +19,37 @@ NTM_FN T key_norm(const Team& team, Size M, T eps, const T* key /*[M]*/) {
 
 // Stores the cosines and 1/B_i. For a head that also reads, grad_reads is dr, and grad_weights grows by M_i.dr: both
 // need the whole memory, which comes from cache once.
-template <class Team, class T = typename Team::Real>
-NTM_FN void cosine(const Team& team, Size N, Size M, T eps, T key_norm, const T* memory /*[M, N]*/,
+template <class Team, class Reads = std::nullptr_t, class T = typename Team::Real>
+NTM_FN void cosine(const Team& team, Index N, Index M, T eps, T key_norm, const T* memory /*[M, N]*/,
                    const T* key /*[M]*/, T* cosine /*[N]*/, T* inverse_norm /*[N]*/,
-                   const T* grad_reads = nullptr /*[M] or null*/, T* grad_weights = nullptr /*[N], added*/) {
+                   Reads grad_reads = nullptr /*[M] or nullptr*/, T* grad_weights = nullptr /*[N], added*/) {
     using V = typename Team::V;
     const T inverse_key_norm = 1 / key_norm;
-    auto pass = [&](auto reads) NTM_INLINE {
-        team.tiles(N, [&](auto tile) NTM_INLINE {
-            V product{}, squares{}, read{};
-            for (Size m = 0; m < M; ++m) {
-                const V x = tile.load(memory + m * N);
-                product += key[m] * x;
-                squares += x * x;
-                if constexpr (reads) read += grad_reads[m] * x;
-            }
-            const V inverse = 1 / Team::Math::sqrt(squares + eps * eps);
-            tile.store(inverse_norm, inverse);
-            tile.store(cosine, product * inverse * inverse_key_norm);
-            if constexpr (reads) tile.store(grad_weights, tile.load(grad_weights) + read);
-        });
-    };
-    if (grad_reads)
-        pass(std::true_type{});
-    else
-        pass(std::false_type{});
+    team.tiles(N, [&](auto tile) NTM_INLINE {
+        V product{}, squares{}, read{};
+        for (Index m = 0; m < M; ++m) {
+            const V x = tile.load(memory + m * N);
+            product += key[m] * x;
+            squares += x * x;
+            if constexpr (present<Reads>) read += grad_reads[m] * x;
+        }
+        const V inverse = 1 / Team::Math::sqrt(squares + eps * eps);
+        tile.store(inverse_norm, inverse);
+        tile.store(cosine, product * inverse * inverse_key_norm);
+        if constexpr (present<Reads>) tile.store(grad_weights, tile.load(grad_weights) + read);
+    });
 }
 
 // From dwc to dk, dbeta and dM. dwc is overwritten with dc/(A B), cosine with dc c / B^2. grad_memory becomes
-// grad_after, which may be itself, plus what comes from here; for a head that also reads, with dr and its weights w,
-// that is w_i dr too.
-template <class Team, class T = typename Team::Real>
-NTM_FN void content_backward(const Team& team, Size N, Size M, T key_norm, const T* memory /*[M, N]*/,
+// grad_after, which may be itself, or nullptr for 0, plus what comes from here; for a head that also reads, with dr and
+// its weights w, that is w_i dr too.
+template <class Team, class After, class Reads = std::nullptr_t, class T = typename Team::Real>
+NTM_FN void content_backward(const Team& team, Index N, Index M, T key_norm, const T* memory /*[M, N]*/,
                              const T* key /*[M]*/, T beta, const T* content /*[N]*/, T* cosine /*[N]*/,
-                             const T* inverse_norm /*[N]*/, T* grad_content /*[N]*/, const T* grad_after /*[M, N]*/,
-                             T* grad_memory /*[M, N]*/, T* grad_key /*[M]*/, T* grad_beta /*[1]*/,
-                             const T* grad_reads = nullptr /*[M] or null*/, const T* weights = nullptr /*[N]*/) {
+                             const T* inverse_norm /*[N]*/, T* grad_content /*[N]*/,
+                             After grad_after /*[M, N] or nullptr*/, T* grad_memory /*[M, N]*/, T* grad_key /*[M]*/,
+                             T* grad_beta /*[1]*/, Reads grad_reads = nullptr /*[M] or nullptr*/,
+                             const T* weights = nullptr /*[N]*/) {
     using V = typename Team::V;
     const T inverse_key_norm = 1 / key_norm;
     const T mean = dot(team, N, content, grad_content);
@@ -69,28 +64,25 @@ NTM_FN void content_backward(const Team& team, Size N, Size M, T key_norm, const
     });
     const T sum_dz_c = team.sum(along_beta);
     const T pull = beta * sum_dz_c * inverse_key_norm * inverse_key_norm;  // sum_i dc_i c_i / A^2
-    auto pass = [&](auto reads) NTM_INLINE {
-        team.template rows<1>(
-            M, N,
-            [&](auto block, auto tile, auto& sums) NTM_INLINE {
-                const V p = tile.load(grad_content), q = tile.load(cosine);
-                V w{};
-                if constexpr (reads) w = tile.load(weights);
-                unroll<block.count>([&](auto k) NTM_INLINE {
-                    const Size m = block.first + k;
-                    const V x = tile.load(memory + m * N);
-                    V dM = tile.load(grad_after + m * N) + p * key[m] - q * x;
-                    if constexpr (reads) dM += w * grad_reads[m];
-                    tile.store(grad_memory + m * N, dM);
-                    sums[k][0] += p * x;
-                });
-            },
-            [&](Size m, const T* sum) NTM_INLINE { grad_key[m] = sum[0] - pull * key[m]; });
-    };
-    if (grad_reads)
-        pass(std::true_type{});
-    else
-        pass(std::false_type{});
+    team.template rows<1>(
+        M, N,
+        [&](auto block, auto tile, auto& sums) NTM_INLINE {
+            const V p = tile.load(grad_content), q = tile.load(cosine);
+            V w{}, x[block.count], dM[block.count] = {};
+            if constexpr (present<Reads>) w = tile.load(weights);
+            unroll<block.count>([&](auto k) NTM_INLINE {  // all loads before the first store, which may alias
+                x[k] = tile.load(memory + (block.first + k) * N);
+                if constexpr (present<After>) dM[k] = tile.load(grad_after + (block.first + k) * N);
+            });
+            unroll<block.count>([&](auto k) NTM_INLINE {
+                const Index m = block.first + k;
+                dM[k] += p * key[m] - q * x[k];
+                if constexpr (present<Reads>) dM[k] += w * grad_reads[m];
+                tile.store(grad_memory + m * N, dM[k]);
+                sums[k][0] += p * x[k];
+            });
+        },
+        [&](Index m, const T* sum) NTM_INLINE { grad_key[m] = sum[0] - pull * key[m]; });
     team.one([&]() NTM_INLINE { *grad_beta = sum_dz_c; });
 }
 

@@ -7,7 +7,7 @@ namespace ntm {
 
 // c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c')
 template <class Team, class T = typename Team::Real>
-NTM_FN void lstm_gates(const Team& team, Size H, const T* gates /*[4H]: i, f, g, o*/, const T* cell /*[H]*/,
+NTM_FN void lstm_gates(const Team& team, Index H, const T* gates /*[4H]: i, f, g, o*/, const T* cell /*[H]*/,
                        T* hidden /*[H]*/, T* new_cell /*[H]*/) {
     using Math = typename Team::Math;
     team.tiles(H, [&](auto tile) NTM_INLINE {
@@ -20,7 +20,7 @@ NTM_FN void lstm_gates(const Team& team, Size H, const T* gates /*[4H]: i, f, g,
 }
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void lstm_gates_backward(const Team& team, Size H, const T* gates, const T* cell, const T* new_cell,
+NTM_FN void lstm_gates_backward(const Team& team, Index H, const T* gates, const T* cell, const T* new_cell,
                                 const T* grad_hidden, const T* grad_new_cell, T* grad_gates /*[4H]*/,
                                 T* grad_cell /*[H]*/) {
     using Math = typename Team::Math;
@@ -39,7 +39,7 @@ NTM_FN void lstm_gates_backward(const Team& team, Size H, const T* gates, const 
 
 // n = tanh(i_n + r h_n),  h' = (1 - z) n + z h, with x = W_i x + b_i and y = W_h h + b_h
 template <class Team, class T = typename Team::Real>
-NTM_FN void gru_gates(const Team& team, Size H, const T* x /*[3H]: r, z, n*/, const T* y /*[3H]*/,
+NTM_FN void gru_gates(const Team& team, Index H, const T* x /*[3H]: r, z, n*/, const T* y /*[3H]*/,
                       const T* hidden /*[H]*/, T* new_hidden /*[H]*/) {
     using Math = typename Team::Math;
     team.tiles(H, [&](auto tile) NTM_INLINE {
@@ -51,7 +51,7 @@ NTM_FN void gru_gates(const Team& team, Size H, const T* x /*[3H]: r, z, n*/, co
 }
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void gru_gates_backward(const Team& team, Size H, const T* x, const T* y, const T* hidden,
+NTM_FN void gru_gates_backward(const Team& team, Index H, const T* x, const T* y, const T* hidden,
                                const T* grad_new_hidden, T* grad_x /*[3H]*/, T* grad_y /*[3H]*/,
                                T* grad_hidden /*[H]*/) {
     using Math = typename Team::Math;

@@ -24,8 +24,8 @@ struct Addressing {
     T* gated;         // ring
     T* shifted;       // [N]
 
-    static constexpr Size scratch(Size N, Size K) { return 4 * (N + 16) + ring_size(N, K) + 16; }
-    NTM_FN Addressing(Arena<T>& arena, Size N, Size K)
+    static constexpr Index scratch(Index N, Index K) { return 4 * (N + 16) + ring_size(N, K) + 16; }
+    NTM_FN Addressing(Arena<T>& arena, Index N, Index K)
         : cosine(arena.take(N)),
           inverse_norm(arena.take(N)),
           content(arena.take(N)),
@@ -34,10 +34,9 @@ struct Addressing {
 };
 
 // Everything before sharpening. Returns the key's norm. grad_reads and grad_weights as in cosine().
-template <class Team, class T = typename Team::Real>
-NTM_FN T focus(const Team& team, Size N, Size M, Size K, T eps, const T* memory /*[M, N]*/, const T* previous /*[N]*/,
-               const Head<T>& head, const Addressing<T>& at, const T* grad_reads = nullptr,
-               T* grad_weights = nullptr) {
+template <class Team, class Reads = std::nullptr_t, class T = typename Team::Real>
+NTM_FN T focus(const Team& team, Index N, Index M, Index K, T eps, const T* memory /*[M, N]*/, const T* previous /*[N]*/,
+               const Head<T>& head, const Addressing<T>& at, Reads grad_reads = nullptr, T* grad_weights = nullptr) {
     const T norm = key_norm(team, M, eps, head.key);
     cosine(team, N, M, eps, norm, memory, head.key, at.cosine, at.inverse_norm, grad_reads, grad_weights);
     softmax(team, N, head.beta, at.cosine, at.content);
@@ -48,7 +47,7 @@ NTM_FN T focus(const Team& team, Size N, Size M, Size K, T eps, const T* memory 
 }
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void address(const Team& team, Size N, Size M, Size K, T eps, const T* memory, const T* previous,
+NTM_FN void address(const Team& team, Index N, Index M, Index K, T eps, const T* memory, const T* previous,
                     const Head<T>& head, const Addressing<T>& at, T* weights /*[N]*/) {
     focus(team, N, M, K, eps, memory, previous, head, at);
     sharpen(team, N, at.shifted, head.gamma, weights);
@@ -64,14 +63,15 @@ struct HeadGrads {
     T* gamma;  // [1]
 };
 
-constexpr Size address_backward_scratch(Size N, Size K) { return ring_size(N, K) + 16; }
+constexpr Index address_backward_scratch(Index N, Index K) { return ring_size(N, K) + 16; }
 
-// From the weights w and their gradient, which is overwritten. grad_memory becomes grad_after, which may be itself,
-// plus what comes from here. For a head that reads M with these weights, grad_reads is the gradient of what it read.
-template <class Team, class T = typename Team::Real>
-NTM_FN void address_backward(const Team& team, Size N, Size M, Size K, T eps, const T* memory, const T* previous,
+// From the weights w and their gradient, which is overwritten. grad_memory becomes grad_after, which may be itself, or
+// nullptr for 0, plus what comes from here. For a head that reads M with these weights, grad_reads is the gradient of
+// what it read.
+template <class Team, class After, class Reads, class T = typename Team::Real>
+NTM_FN void address_backward(const Team& team, Index N, Index M, Index K, T eps, const T* memory, const T* previous,
                              const Head<T>& head, const T* weights /*[N]*/, T* grad_weights /*[N], overwritten*/,
-                             const T* grad_reads /*[M] or null*/, const T* grad_after /*[M, N]*/,
+                             Reads grad_reads /*[M] or nullptr*/, After grad_after /*[M, N] or nullptr*/,
                              T* grad_memory /*[M, N]*/, T* grad_previous /*[N]*/, const HeadGrads<T>& grads,
                              const Addressing<T>& at, Arena<T> arena /*of address_backward_scratch*/) {
     T* grad_shifted = arena.take(ring_size(N, K)) + K / 2;
@@ -87,7 +87,7 @@ NTM_FN void address_backward(const Team& team, Size N, Size M, Size K, T eps, co
 
 // k = tanh(k^) or k^: vectors of M
 template <class Team, class T = typename Team::Real>
-NTM_FN void activate_vector(const Team& team, Size M, T clip, bool tanh, const T* raw, T* out) {
+NTM_FN void activate_vector(const Team& team, Index M, T clip, bool tanh, const T* raw, T* out) {
     using Math = typename Team::Math;
     team.tiles(M, [&](auto tile) NTM_INLINE {
         const auto x = clamp<Math>(tile.load(raw), clip);
@@ -97,7 +97,7 @@ NTM_FN void activate_vector(const Team& team, Size M, T clip, bool tanh, const T
 
 // grad comes in for the activated vector and goes out for the raw one.
 template <class Team, class T = typename Team::Real>
-NTM_FN void activate_vector_backward(const Team& team, Size M, T clip, bool tanh, const T* raw, const T* activated,
+NTM_FN void activate_vector_backward(const Team& team, Index M, T clip, bool tanh, const T* raw, const T* activated,
                                      T* grad) {
     using Math = typename Team::Math;
     team.tiles(M, [&](auto tile) NTM_INLINE {
@@ -109,7 +109,7 @@ NTM_FN void activate_vector_backward(const Team& team, Size M, T clip, bool tanh
 // A head's raw parameters lie in the order k (M), beta, g, s (K), gamma. The K + 3 that follow the key are activated
 // side by side, each in every way, and what is wanted is picked: one vector's work, where numbers one by one are six.
 template <class Team, class T = typename Team::Real>
-NTM_FN Head<T> activate_head(const Team& team, Size M, Size K, T clip, bool key_tanh, const T* raw, T* key /*[M]*/,
+NTM_FN Head<T> activate_head(const Team& team, Index M, Index K, T clip, bool key_tanh, const T* raw, T* key /*[M]*/,
                              T* shift /*[K]*/, Arena<T> arena /*of activate_scratch*/) {
     using Math = typename Team::Math;
     T *clamped = arena.take(K + 3), *positive = arena.take(K + 3), *squashed = arena.take(K + 3);
@@ -125,16 +125,16 @@ NTM_FN Head<T> activate_head(const Team& team, Size M, Size K, T clip, bool key_
     return {key, shift, positive[0], squashed[1], 1 + positive[K + 2]};
 }
 
-constexpr Size activate_scratch(Size K) { return 3 * (K + 3 + 16); }
+constexpr Index activate_scratch(Index K) { return 3 * (K + 3 + 16); }
 
 template <class T>
-NTM_FN HeadGrads<T> head_grads(Size M, Size K, T* grad_raw) {
+NTM_FN HeadGrads<T> head_grads(Index M, Index K, T* grad_raw) {
     return {grad_raw, grad_raw + M, grad_raw + M + 1, grad_raw + M + 2, grad_raw + M + 2 + K};
 }
 
 // grads come in for the activated parameters and go out for the raw ones.
 template <class Team, class T = typename Team::Real>
-NTM_FN void activate_head_backward(const Team& team, Size M, Size K, T clip, bool key_tanh, const T* raw,
+NTM_FN void activate_head_backward(const Team& team, Index M, Index K, T clip, bool key_tanh, const T* raw,
                                    const Head<T>& head, const HeadGrads<T>& grads) {
     using Math = typename Team::Math;
     team.sync();
@@ -154,7 +154,7 @@ NTM_FN void activate_head_backward(const Team& team, Size M, Size K, T clip, boo
 
 // A write head's raw erase and add vectors lie one after the other, e (M), a (M).
 template <class Team, class T = typename Team::Real>
-NTM_FN void activate_write(const Team& team, Size M, T clip, bool add_tanh, const T* raw, T* erase /*[M]*/,
+NTM_FN void activate_write(const Team& team, Index M, T clip, bool add_tanh, const T* raw, T* erase /*[M]*/,
                            T* add /*[M]*/) {
     using Math = typename Team::Math;
     team.tiles(M, [&](auto tile) NTM_INLINE { tile.store(erase, sigmoid<Math>(clamp<Math>(tile.load(raw), clip))); });
@@ -162,7 +162,7 @@ NTM_FN void activate_write(const Team& team, Size M, T clip, bool add_tanh, cons
 }
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void activate_write_backward(const Team& team, Size M, T clip, bool add_tanh, const T* raw, const T* erase,
+NTM_FN void activate_write_backward(const Team& team, Index M, T clip, bool add_tanh, const T* raw, const T* erase,
                                     const T* add, T* grad) {
     using Math = typename Team::Math;
     team.tiles(M, [&](auto tile) NTM_INLINE {

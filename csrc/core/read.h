@@ -6,7 +6,7 @@
 namespace ntm {
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void read(const Team& team, Size N, Size M, const T* memory /*[M, N]*/, const T* weights /*[N]*/,
+NTM_FN void read(const Team& team, Index N, Index M, const T* memory /*[M, N]*/, const T* weights /*[N]*/,
                  T* reads /*[M]*/) {
     team.template rows<1>(
         M, N,
@@ -16,22 +16,30 @@ NTM_FN void read(const Team& team, Size N, Size M, const T* memory /*[M, N]*/, c
                 sums[k][0] += w * tile.load(memory + (block.first + k) * N);
             });
         },
-        [&](Size m, const T* sum) NTM_INLINE { reads[m] = sum[0]; });
+        [&](Index m, const T* sum) NTM_INLINE { reads[m] = sum[0]; });
 }
 
-// dw_i = M_i.dr;  dM_i += w_i dr
-template <class Team, class T = typename Team::Real>
-NTM_FN void read_backward(const Team& team, Size N, Size M, const T* memory /*[M, N]*/, const T* weights /*[N]*/,
-                          const T* grad_reads /*[M]*/, T* grad_memory /*[M, N], added*/, T* grad_weights /*[N]*/) {
+// dw_i = M_i.dr, and grad_memory becomes grad_after, which may be itself, or nullptr for 0, plus w_i dr.
+template <class Team, class After, class T = typename Team::Real>
+NTM_FN void read_backward(const Team& team, Index N, Index M, const T* memory /*[M, N]*/, const T* weights /*[N]*/,
+                          const T* grad_reads /*[M]*/, After grad_after /*[M, N] or nullptr*/,
+                          T* grad_memory /*[M, N]*/, T* grad_weights /*[N]*/) {
     using V = typename Team::V;
     team.tiles(N, [&](auto tile) NTM_INLINE {
         const V w = tile.load(weights);
         V sum{};
-        for (Size m = 0; m < M; ++m) {
-            T* dM = grad_memory + m * N;
-            sum += grad_reads[m] * tile.load(memory + m * N);
-            tile.store(dM, tile.load(dM) + grad_reads[m] * w);
-        }
+        chunks<4>(M, [&](auto block) NTM_INLINE {
+            V x[block.count], dM[block.count] = {};
+            unroll<block.count>([&](auto k) NTM_INLINE {
+                x[k] = tile.load(memory + (block.first + k) * N);
+                if constexpr (present<After>) dM[k] = tile.load(grad_after + (block.first + k) * N);
+            });
+            unroll<block.count>([&](auto k) NTM_INLINE {
+                const Index m = block.first + k;
+                sum += grad_reads[m] * x[k];
+                tile.store(grad_memory + m * N, dM[k] + grad_reads[m] * w);
+            });
+        });
         tile.store(grad_weights, sum);
     });
 }

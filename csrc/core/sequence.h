@@ -226,9 +226,6 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
             team.tiles(E * H, [&](auto tile) NTM_INLINE { tile.store(dh, tile.load(dh) + tile.load(dhidden)); });
             const Size K = s.fed(l);
             T* below = l ? next : grad.reads + first * F;
-            auto clear = [&](Size count, T* array) NTM_INLINE {
-                team.tiles(count, [&](auto tile) NTM_INLINE { tile.store(array, typename Team::V{}); });
-            };
             if (s.gru) {
                 T* dy = at(out.y, s.T, B, G, l, t, first);
                 const T* y = at(trail.y, s.T, B, G, l, t, first);
@@ -239,7 +236,7 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
                                        dhidden + e * H);
                 }
                 team.product(E, G, H, dy, layer.hidden, dhidden);
-                clear(E * K, below);
+                clear(team, E * K, below);
                 team.product(E, G, K, dx, layer.fed, below);
             } else {
                 const T* cell = t ? at(trail.cell, s.T, B, H, l, t - 1, first) : initial.cell + (l * B + first) * H;
@@ -248,7 +245,7 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
                 for (Size e = 0; e < E; ++e)
                     lstm_gates_backward(team, H, x + e * G, cell + e * H, new_cell + e * H, dh + e * H, dcell + e * H,
                                         dx + e * G, dcell + e * H);
-                clear(E * (K + H), joined);
+                clear(team, E * (K + H), joined);
                 team.sync();
                 team.product(E, G, K + H, dx, layer.fed, joined);
                 team.sync();

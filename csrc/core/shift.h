@@ -8,13 +8,13 @@
 
 namespace ntm {
 
-constexpr Size ring_size(Size N, Size K) { return N + K - 1; }
+constexpr Index ring_size(Index N, Index K) { return N + K - 1; }
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void close_ring(const Team& team, Size N, Size K, T* ring) {
-    const Size S = K / 2;
+NTM_FN void close_ring(const Team& team, Index N, Index K, T* ring) {
+    const Index S = K / 2;
     team.sync();
-    team.each(S, [&](Size i) NTM_INLINE {
+    team.each(S, [&](Index i) NTM_INLINE {
         ring[i - S] = ring[N + i - S];
         ring[N + i] = ring[i];
     });
@@ -28,7 +28,7 @@ NTM_FN V blend(V content, V previous, T gate) {
 }
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void interpolate(const Team& team, Size N, const T* content, const T* previous, T gate, T* gated) {
+NTM_FN void interpolate(const Team& team, Index N, const T* content, const T* previous, T gate, T* gated) {
     team.tiles(N, [&](auto tile) NTM_INLINE {
         tile.store(gated, blend(tile.load(content), tile.load(previous), gate));
     });
@@ -36,7 +36,7 @@ NTM_FN void interpolate(const Team& team, Size N, const T* content, const T* pre
 
 // dg, dwc and dw_prev from dwg; grad_content may be grad_gated
 template <class Team, class T = typename Team::Real>
-NTM_FN void interpolate_backward(const Team& team, Size N, const T* content, const T* previous, T gate,
+NTM_FN void interpolate_backward(const Team& team, Index N, const T* content, const T* previous, T gate,
                                  const T* grad_gated, T* grad_content, T* grad_previous, T* grad_gate /*[1]*/) {
     using V = typename Team::V;
     V along_gate{};
@@ -52,21 +52,21 @@ NTM_FN void interpolate_backward(const Team& team, Size N, const T* content, con
 
 // ws_i = sum_j s_j wg_(i-j)
 template <class Team, class T = typename Team::Real>
-NTM_FN void circular_shift(const Team& team, Size N, Size K, const T* gated /*ring*/, const T* shift /*[K]*/,
+NTM_FN void circular_shift(const Team& team, Index N, Index K, const T* gated /*ring*/, const T* shift /*[K]*/,
                            T* shifted /*[N]*/) {
-    const Size S = K / 2;
+    const Index S = K / 2;
     team.tiles(N, [&](auto tile) NTM_INLINE {
         typename Team::V sum{};
-        for (Size j = 0; j < K; ++j) sum += shift[j] * tile.load(gated + S - j);
+        for (Index j = 0; j < K; ++j) sum += shift[j] * tile.load(gated + S - j);
         tile.store(shifted, sum);
     });
 }
 
 // ds_j = sum_i dws_i wg_(i-j),  dwg_i = sum_j s_j dws_(i+j)
 template <class Team, class T = typename Team::Real>
-NTM_FN void circular_shift_backward(const Team& team, Size N, Size K, const T* gated /*ring*/, const T* shift /*[K]*/,
+NTM_FN void circular_shift_backward(const Team& team, Index N, Index K, const T* gated /*ring*/, const T* shift /*[K]*/,
                                     const T* grad_shifted /*ring*/, T* grad_gated /*[N]*/, T* grad_shift /*[K]*/) {
-    const Size S = K / 2;
+    const Index S = K / 2;
     team.template rows<1>(
         K, N,
         [&](auto block, auto tile, auto& sums) NTM_INLINE {
@@ -75,10 +75,10 @@ NTM_FN void circular_shift_backward(const Team& team, Size N, Size K, const T* g
                 sums[k][0] += grad * tile.load(gated + S - (block.first + k));
             });
         },
-        [&](Size j, const T* sum) NTM_INLINE { grad_shift[j] = sum[0]; });
+        [&](Index j, const T* sum) NTM_INLINE { grad_shift[j] = sum[0]; });
     team.tiles(N, [&](auto tile) NTM_INLINE {
         typename Team::V sum{};
-        for (Size j = 0; j < K; ++j) sum += shift[j] * tile.load(grad_shifted + j - S);
+        for (Index j = 0; j < K; ++j) sum += shift[j] * tile.load(grad_shifted + j - S);
         tile.store(grad_gated, sum);
     });
 }

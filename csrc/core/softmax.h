@@ -7,7 +7,7 @@ namespace ntm {
 
 // out_i = e^(scale x_i) / sum_j e^(scale x_j); out may be x
 template <class Team, class T = typename Team::Real>
-NTM_FN void softmax(const Team& team, Size N, T scale, const T* x /*[N]*/, T* out /*[N]*/) {
+NTM_FN void softmax(const Team& team, Index N, T scale, const T* x /*[N]*/, T* out /*[N]*/) {
     using Math = typename Team::Math;
     using V = typename Team::V;
     V top = V{} - Math::infinity;
@@ -28,7 +28,7 @@ NTM_FN void softmax(const Team& team, Size N, T scale, const T* x /*[N]*/, T* ou
 
 // The product w . dw that the gradient dz_i = w_i (dw_i - w . dw) of a softmax w needs.
 template <class Team, class T = typename Team::Real>
-NTM_FN T dot(const Team& team, Size N, const T* w /*[N]*/, const T* dw /*[N]*/) {
+NTM_FN T dot(const Team& team, Index N, const T* w /*[N]*/, const T* dw /*[N]*/) {
     typename Team::V total{};
     team.tiles(N, [&](auto tile) NTM_INLINE { total += tile.only(tile.load(w) * tile.load(dw), T(0)); });
     return team.sum(total);

@@ -51,7 +51,7 @@ struct Activated {
           scratch{arena.take(activate_scratch(s.K))} {}
 
     template <class Team>
-    NTM_FN Head<T> head(const Team& team, const StepSizes& s, const StepOptions& o, Size h, const T* params) const {
+    NTM_FN Head<T> head(const Team& team, const StepSizes& s, const StepOptions& o, Index h, const T* params) const {
         const Head<T> head = activate_head(team, s.M, s.K, T(o.clip), o.key_tanh, params + h * s.head(),
                                            key + h * s.M, shift + h * s.K, scratch);
         team.sync();
@@ -62,10 +62,22 @@ struct Activated {
     template <class Team>
     NTM_FN void write_vectors(const Team& team, const StepSizes& s, const StepOptions& o, const T* params) const {
         const T* raw = params + s.write_params();
-        for (Size h = 0; h < s.W; ++h)
+        for (Index h = 0; h < s.W; ++h)
             activate_write(team, s.M, T(o.clip), o.add_tanh, raw + 2 * h * s.M, erase + h * s.M, add + h * s.M);
     }
 };
+
+// Both, reads first or last. In a loop, so that each is compiled once.
+template <class Reads, class Writes>
+NTM_FN void in_order(bool reads_first, Reads&& reads, Writes&& writes) {
+    NTM_ROLLED
+    for (int turn = 0; turn < 2; ++turn) {
+        if (reads_first == (turn == 0))
+            reads();
+        else
+            writes();
+    }
+}
 
 // new_memory may be memory, and the new weights the old ones.
 template <class Team, class T = typename Team::Real>
@@ -79,25 +91,25 @@ NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions&
     Arena<T> arena{scratch};
     const Activated<T> active(arena, s);
     const Addressing<T> at(arena, s.N, s.K);
-    const Size N = s.N, M = s.M;
+    const Index N = s.N, M = s.M, K = s.K;
     const T eps = T(o.eps);
-    auto read_all = [&](const T* source) {
-        for (Size h = 0; h < s.R; ++h) {
+    auto read_all = [&](const T* source) NTM_INLINE {
+        for (Index h = 0; h < s.R; ++h) {
             const Head<T> head = active.head(team, s, o, h, params);
-            address(team, N, M, s.K, eps, source, read_weights + h * N, head, at, new_read_weights + h * N);
+            address(team, N, M, K, eps, source, read_weights + h * N, head, at, new_read_weights + h * N);
             read(team, N, M, source, new_read_weights + h * N, reads + h * M);
         }
     };
-
-    if (o.read_first) read_all(memory);
-    active.write_vectors(team, s, o, params);
-    for (Size h = 0; h < s.W; ++h) {
-        const Head<T> head = active.head(team, s, o, s.R + h, params);
-        address(team, N, M, s.K, eps, memory, write_weights + h * N, head, at, new_write_weights + h * N);
-    }
-    team.sync();
-    write(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, new_memory);
-    if (!o.read_first) read_all(new_memory);
+    auto write_all = [&]() NTM_INLINE {
+        active.write_vectors(team, s, o, params);
+        for (Index h = 0; h < s.W; ++h) {
+            const Head<T> head = active.head(team, s, o, s.R + h, params);
+            address(team, N, M, K, eps, memory, write_weights + h * N, head, at, new_write_weights + h * N);
+        }
+        team.sync();
+        write(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, new_memory);
+    };
+    in_order(o.read_first, [&]() NTM_INLINE { read_all(o.read_first ? memory : new_memory); }, write_all);
 }
 
 // Recomputes what lies between the inputs and the outputs, and walks back. The gradients of memory and weights may lie
@@ -114,45 +126,45 @@ NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const Ste
     const Addressing<T> at(arena, s.N, s.K);
     T* grad_focus = arena.take(s.N);
     T* grad_written = arena.take(s.W * s.N);
-    const Size N = s.N, M = s.M;
+    const Index N = s.N, M = s.M, K = s.K;
     const T clip = T(o.clip), eps = T(o.eps);
 
     // dM, the gradient of M_t on its way back to M_{t-1}, is held in grad_memory from the first pass over it on.
     const T* dM = grad_new_memory;
-    auto through_head = [&](Size h, const T* source, const T* previous, const T* weights, T* grad_weights,
-                            const T* grad_read, T* grad_previous) NTM_INLINE {
+    auto through_head = [&](Index h, const T* source, const T* previous, const T* weights, T* grad_weights,
+                            auto grad_read, T* grad_previous) NTM_INLINE {
         const Head<T> head = active.head(team, s, o, h, params);
-        const HeadGrads<T> grads = head_grads(M, s.K, grad_params + h * s.head());
-        address_backward(team, N, M, s.K, eps, source, previous, head, weights, grad_weights, grad_read, dM,
+        const HeadGrads<T> grads = head_grads(M, K, grad_params + h * s.head());
+        address_backward(team, N, M, K, eps, source, previous, head, weights, grad_weights, grad_read, dM,
                          grad_memory, grad_previous, grads, at, arena);
         dM = grad_memory;
-        activate_head_backward(team, M, s.K, clip, o.key_tanh, params + h * s.head(), head, grads);
+        activate_head_backward(team, M, K, clip, o.key_tanh, params + h * s.head(), head, grads);
     };
-    auto through_reads = [&](const T* source) {
-        for (Size h = 0; h < s.R; ++h) {
+    auto through_reads = [&](const T* source) NTM_INLINE {
+        for (Index h = 0; h < s.R; ++h) {
             copy(team, N, grad_new_read_weights + h * N, grad_focus);
             through_head(h, source, read_weights + h * N, new_read_weights + h * N, grad_focus, grad_reads + h * M,
                          grad_read_weights + h * N);
         }
     };
-
-    if (!o.read_first) through_reads(new_memory);
-    active.write_vectors(team, s, o, params);
-    copy(team, s.W * N, grad_new_write_weights, grad_written);
-    team.sync();
-    T* grad_erase = grad_params + s.write_params();  // e and a of a head lie one after the other: a stride of 2M
-    write_backward(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, dM, grad_memory,
-                   grad_written, grad_erase, grad_erase + M, 2 * M);
-    dM = grad_memory;
-    team.sync();
-    for (Size h = 0; h < s.W; ++h) {
-        const Size at_write = s.write_params() + 2 * h * M;
-        activate_write_backward(team, M, clip, o.add_tanh, params + at_write, active.erase + h * M,
-                                active.add + h * M, grad_params + at_write);
-        through_head(s.R + h, memory, write_weights + h * N, new_write_weights + h * N, grad_written + h * N,
-                     nullptr, grad_write_weights + h * N);
-    }
-    if (o.read_first) through_reads(memory);
+    auto through_writes = [&]() NTM_INLINE {
+        active.write_vectors(team, s, o, params);
+        copy(team, s.W * N, grad_new_write_weights, grad_written);
+        team.sync();
+        T* grad_erase = grad_params + s.write_params();  // e and a of a head lie one after the other: a stride of 2M
+        write_backward(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, dM, grad_memory,
+                       grad_written, grad_erase, grad_erase + M, 2 * M);
+        dM = grad_memory;
+        team.sync();
+        for (Index h = 0; h < s.W; ++h) {
+            const Index at_write = s.write_params() + 2 * h * M;
+            activate_write_backward(team, M, clip, o.add_tanh, params + at_write, active.erase + h * M,
+                                    active.add + h * M, grad_params + at_write);
+            through_head(s.R + h, memory, write_weights + h * N, new_write_weights + h * N, grad_written + h * N,
+                         nullptr, grad_write_weights + h * N);
+        }
+    };
+    in_order(!o.read_first, [&]() NTM_INLINE { through_reads(o.read_first ? memory : new_memory); }, through_writes);
 }
 
 }  // namespace ntm

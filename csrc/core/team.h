@@ -18,10 +18,15 @@
 //   each(n, f)           calls f(i) for every i of 0..n, shared out over the threads
 //   sum(v), max(v)       over all lanes and threads; every thread gets the result
 //   sync()               what the threads stored before is seen by all of them after
+//   staged               whether what lies far off is copied to scratch for the time of the work. in(arena, p, n) and
+//                        out(arena, p, n) are then places in scratch for the n numbers at p, else p itself; in()
+//                        fills it, to be seen after a sync(), and put(n, from, p) takes an out() to where it belongs,
+//                        after one.
 //
 // tiles() hands the same elements to the same thread every time, so that only what crosses tiles needs a sync().
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -31,14 +36,17 @@
 #ifdef __CUDACC__
 #define NTM_FN __device__ __forceinline__
 #define NTM_INLINE
+#define NTM_ROLLED _Pragma("unroll 1")
 #else
 #define NTM_FN inline __attribute__((always_inline))
 #define NTM_INLINE __attribute__((always_inline))
+#define NTM_ROLLED _Pragma("GCC unroll 1")
 #endif
 
 namespace ntm {
 
 using Size = std::int64_t;
+using Index = std::int32_t;  // within one batch element: GPUs count faster with it
 
 // Calls f(0), f(1), ... f(Count - 1) with constants, so that what f indexes with them can stay in registers: compilers
 // decide what may before they unroll loops.
@@ -51,21 +59,48 @@ NTM_FN void unroll(F&& f) {
     unroll(std::make_integer_sequence<int, Count>{}, f);
 }
 
+// Count rows or whatever else, from first on; count can be reached through a value: block.count
+template <int Count>
+struct Chunk {
+    static constexpr int count = Count;
+    Index first;
+};
+
+// Calls f(chunk) for chunks of Count, and at the end of 1, that make up 0..n.
+template <int Count, class F>
+NTM_FN void chunks(Index n, F&& f) {
+    Index i = 0;
+    for (; i + Count <= n; i += Count) f(Chunk<Count>{i});
+    for (; i < n; ++i) f(Chunk<1>{i});
+}
+
+// Whether a pointer that may be given was: std::nullptr_t where not
+template <class Pointer>
+constexpr bool present = !std::is_same_v<Pointer, std::nullptr_t>;
+
 // Hands out pieces of a caller's scratch memory, each aligned to 16 elements.
 template <class T>
 struct Arena {
     T* next;
 
+    static constexpr Size size(Size count) { return (count + 15) / 16 * 16; }
+
     NTM_FN T* take(Size count) {
         T* piece = next;
-        next += (count + 15) / 16 * 16;
+        next += size(count);
         return piece;
     }
 };
 
+// x = 0
+template <class Team, class T = typename Team::Real>
+NTM_FN void clear(const Team& team, Index count, T* x) {
+    team.tiles(count, [&](auto tile) NTM_INLINE { tile.store(x, typename Team::V{}); });
+}
+
 // to = from; they may be the same
 template <class Team, class T = typename Team::Real>
-NTM_FN void copy(const Team& team, Size count, const T* from, T* to) {
+NTM_FN void copy(const Team& team, Index count, const T* from, T* to) {
     team.tiles(count, [&](auto tile) NTM_INLINE { tile.store(to, tile.load(from)); });
 }
 

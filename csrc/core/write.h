@@ -6,27 +6,32 @@
 namespace ntm {
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void write(const Team& team, Size H, Size N, Size M, const T* memory /*[M, N]*/, const T* weights /*[H, N]*/,
+NTM_FN void write(const Team& team, Index H, Index N, Index M, const T* memory /*[M, N]*/, const T* weights /*[H, N]*/,
                   const T* erase /*[H, M]*/, const T* add /*[H, M]*/, T* written /*[M, N]*/) {
     using V = typename Team::V;
     team.tiles(N, [&](auto tile) NTM_INLINE {
         const V first = tile.load(weights);
-        for (Size m = 0; m < M; ++m) {
-            V keep = 1 - first * erase[m], sum = first * add[m];
-            for (Size h = 1; h < H; ++h) {
-                const V w = tile.load(weights + h * N);
-                keep *= 1 - w * erase[h * M + m];
-                sum += w * add[h * M + m];
-            }
-            tile.store(written + m * N, tile.load(memory + m * N) * keep + sum);
-        }
+        chunks<4>(M, [&](auto block) NTM_INLINE {
+            V x[block.count];
+            unroll<block.count>([&](auto k) NTM_INLINE { x[k] = tile.load(memory + (block.first + k) * N); });
+            unroll<block.count>([&](auto k) NTM_INLINE {
+                const Index m = block.first + k;
+                V keep = 1 - first * erase[m], sum = first * add[m];
+                for (Index h = 1; h < H; ++h) {
+                    const V w = tile.load(weights + h * N);
+                    keep *= 1 - w * erase[h * M + m];
+                    sum += w * add[h * M + m];
+                }
+                tile.store(written + m * N, x[k] * keep + sum);
+            });
+        });
     });
 }
 
 // One head's part of write_backward: dw_h += dM (a_h - M e_h others), de_h = -sum dM M w_h others, da_h = sum dM w_h,
 // where others = prod_{h' != h} (1 - w_h' e_h'). The last head takes dM through all the erases into grad_memory.
 template <class Team, class T = typename Team::Real>
-NTM_FN void write_head_backward(const Team& team, Size h, Size H, Size N, Size M, const T* memory, const T* weights,
+NTM_FN void write_head_backward(const Team& team, Index h, Index H, Index N, Index M, const T* memory, const T* weights,
                                 const T* erase, const T* add, const T* grad_written, T* grad_memory,
                                 T* grad_weights /*[N], added*/, T* grad_erase /*[M]*/, T* grad_add /*[M]*/) {
     using V = typename Team::V;
@@ -35,13 +40,17 @@ NTM_FN void write_head_backward(const Team& team, Size h, Size H, Size N, Size M
         M, N,
         [&](auto block, auto tile, auto& sums) NTM_INLINE {
             const V w = tile.load(weights + h * N);
-            V dw = tile.load(grad_weights);
+            V dw = tile.load(grad_weights), x[block.count], after[block.count];
             unroll<block.count>([&](auto k) NTM_INLINE {
-                const Size m = block.first + k;
+                x[k] = tile.load(memory + (block.first + k) * N);
+                after[k] = tile.load(grad_written + (block.first + k) * N);
+            });
+            unroll<block.count>([&](auto k) NTM_INLINE {
+                const Index m = block.first + k;
                 V others = V{} + 1;
-                for (Size other = 0; other < H; ++other)
+                for (Index other = 0; other < H; ++other)
                     if (other != h) others *= 1 - tile.load(weights + other * N) * erase[other * M + m];
-                const V dM = tile.load(grad_written + m * N), kept = tile.load(memory + m * N) * others;
+                const V dM = after[k], kept = x[k] * others;
                 const T e = erase[h * M + m];
                 dw += dM * (add[h * M + m] - kept * e);
                 sums[k][0] += dM * kept * w;
@@ -50,7 +59,7 @@ NTM_FN void write_head_backward(const Team& team, Size h, Size H, Size N, Size M
             });
             tile.store(grad_weights, dw);
         },
-        [&](Size m, const T* sum) NTM_INLINE {
+        [&](Index m, const T* sum) NTM_INLINE {
             grad_erase[m] = -sum[0];
             grad_add[m] = sum[1];
         });
@@ -59,11 +68,11 @@ NTM_FN void write_head_backward(const Team& team, Size h, Size H, Size N, Size M
 // grad_memory, the gradient of what was there before, may be grad_written itself; grad_weights is added to. Head h's
 // gradients of erase and add are at h * stride.
 template <class Team, class T = typename Team::Real>
-NTM_FN void write_backward(const Team& team, Size H, Size N, Size M, const T* memory /*[M, N]*/,
+NTM_FN void write_backward(const Team& team, Index H, Index N, Index M, const T* memory /*[M, N]*/,
                            const T* weights /*[H, N]*/, const T* erase /*[H, M]*/, const T* add /*[H, M]*/,
                            const T* grad_written /*[M, N]*/, T* grad_memory /*[M, N]*/, T* grad_weights /*[H, N]*/,
-                           T* grad_erase, T* grad_add, Size stride) {
-    for (Size h = 0; h < H; ++h)
+                           T* grad_erase, T* grad_add, Index stride) {
+    for (Index h = 0; h < H; ++h)
         write_head_backward(team, h, H, N, M, memory, weights, erase, add, grad_written, grad_memory,
                             grad_weights + h * N, grad_erase + h * stride, grad_add + h * stride);
 }

@@ -170,7 +170,7 @@ NTM_FN T fold(Vector<T, W> v, F f) {
 template <class T>
 struct FullTile {
     using V = Vector<T, lanes<T>>;
-    Size begin;
+    Index begin;
 
     NTM_FN V load(const T* p) const {
         V v;
@@ -185,7 +185,7 @@ struct FullTile {
 template <class T>
 struct TailTile {
     using V = Vector<T, lanes<T>>;
-    Size begin;
+    Index begin;
     int count;
 
     NTM_FN V load(const T* p) const {
@@ -219,12 +219,6 @@ private:
     unsigned mask() const { return (1u << count) - 1; }
 };
 
-template <int Count>
-struct RowBlock {
-    static constexpr int count = Count;  // reachable through a value: block.count
-    Size first;
-};
-
 template <class T>
 struct Thread {
     using Real = T;
@@ -232,22 +226,20 @@ struct Thread {
     using Math = cpu::Math<T>;
 
     template <class F>
-    NTM_FN void tiles(Size n, F&& f) const {
-        Size i = 0;
+    NTM_FN void tiles(Index n, F&& f) const {
+        Index i = 0;
         for (; i + lanes<T> <= n; i += lanes<T>) f(FullTile<T>{i});
         if (i < n) f(TailTile<T>{i, static_cast<int>(n - i)});
     }
 
     template <int S, class F, class G>
-    NTM_FN void rows(Size m, Size n, F&& f, G&& done) const {
-        Size row = 0;
-        for (; row + 2 <= m; row += 2) block<S, 2>(row, n, f, done);
-        for (; row < m; ++row) block<S, 1>(row, n, f, done);
+    NTM_FN void rows(Index m, Index n, F&& f, G&& done) const {
+        chunks<2>(m, [&](auto block) NTM_INLINE { rows_of<S>(block, n, f, done); });
     }
 
     template <class F>
-    NTM_FN void each(Size n, F&& f) const {
-        for (Size i = 0; i < n; ++i) f(i);
+    NTM_FN void each(Index n, F&& f) const {
+        for (Index i = 0; i < n; ++i) f(i);
     }
     template <class F>
     NTM_FN void one(F&& f) const {
@@ -262,15 +254,20 @@ struct Thread {
     }
     NTM_FN void sync() const {}
 
+    static constexpr bool staged = false;  // the cache does it
+    NTM_FN static const T* in(Arena<T>&, const T* p, Index) { return p; }
+    NTM_FN static T* out(Arena<T>&, T* p, Index) { return p; }
+    NTM_FN static void put(Index, const T*, T*) {}
+
 private:
     template <int S, int Count, class F, class G>
-    NTM_FN void block(Size first, Size n, F&& f, G&& done) const {
+    NTM_FN void rows_of(Chunk<Count> block, Index n, F&& f, G&& done) const {
         V sums[Count][S] = {};
-        tiles(n, [&](auto tile) NTM_INLINE { f(RowBlock<Count>{first}, tile, sums); });
+        tiles(n, [&](auto tile) NTM_INLINE { f(block, tile, sums); });
         unroll<Count>([&](auto k) NTM_INLINE {
             T totals[S];
             unroll<S>([&](auto i) NTM_INLINE { totals[i] = sum(sums[k][i]); });
-            done(first + k, totals);
+            done(block.first + k, totals);
         });
     }
 };

@@ -1,0 +1,17 @@
+// Each fills its part of the table, in a file of its own name.
+#pragma once
+
+#include "operators.h"
+
+namespace ntm::cuda {
+
+template <class T>
+void serve_stages(Operators<T>&);
+template <class T>
+void serve_addressing(Operators<T>&);
+template <class T>
+void serve_memory(Operators<T>&);
+template <class T>
+void serve_step(Operators<T>&);
+
+}  // namespace ntm::cuda

@@ -1,0 +1,385 @@
+// The GPU's Teams: a warp, several of which share a block, or a whole block.
+//
+// A lane's elements of a tile lie a team's width apart: neighbouring lanes touch neighbouring numbers whatever the
+// alignment, the shift and the bank, which four contiguous numbers a lane would not. What is copied in one piece, to and
+// from shared memory, goes by vectors of 16 bytes.
+//
+// Nothing here but plain CUDA C++, so that a host's compiler can take it too and tests run it without a GPU.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <math.h>
+
+#include <limits>
+
+#include "core/team.h"
+
+// Of the block; launch.h deals it out.
+extern __shared__ __align__(16) unsigned char ntm_shared[];
+
+namespace ntm::cuda {
+
+constexpr int warp_size = 32;
+constexpr unsigned all_lanes = 0xffffffffu;
+
+template <int W>
+struct Mask {
+    bool lane[W];
+};
+
+// W numbers with what core/ does with them: elementwise arithmetic and comparison, numbers among them standing for all.
+template <class T, int W>
+struct Vector {
+    T lane[W] = {};
+
+    NTM_FN T& operator[](int i) { return lane[i]; }
+    NTM_FN T operator[](int i) const { return lane[i]; }
+
+    NTM_FN friend Vector operator-(Vector a) {
+        return map(a, [](T x) NTM_INLINE { return -x; });
+    }
+    NTM_FN friend Vector operator+(Vector a, Vector b) {
+        return map(a, b, [](T x, T y) NTM_INLINE { return x + y; });
+    }
+    NTM_FN friend Vector operator-(Vector a, Vector b) {
+        return map(a, b, [](T x, T y) NTM_INLINE { return x - y; });
+    }
+    NTM_FN friend Vector operator*(Vector a, Vector b) {
+        return map(a, b, [](T x, T y) NTM_INLINE { return x * y; });
+    }
+    NTM_FN friend Vector operator/(Vector a, Vector b) {
+        return map(a, b, [](T x, T y) NTM_INLINE { return x / y; });
+    }
+    NTM_FN friend Vector operator+(Vector a, T b) { return a + all(b); }
+    NTM_FN friend Vector operator-(Vector a, T b) { return a - all(b); }
+    NTM_FN friend Vector operator*(Vector a, T b) { return a * all(b); }
+    NTM_FN friend Vector operator/(Vector a, T b) { return a / all(b); }
+    NTM_FN friend Vector operator+(T a, Vector b) { return all(a) + b; }
+    NTM_FN friend Vector operator-(T a, Vector b) { return all(a) - b; }
+    NTM_FN friend Vector operator*(T a, Vector b) { return all(a) * b; }
+    NTM_FN friend Vector operator/(T a, Vector b) { return all(a) / b; }
+    NTM_FN Vector& operator+=(Vector b) { return *this = *this + b; }
+    NTM_FN Vector& operator-=(Vector b) { return *this = *this - b; }
+    NTM_FN Vector& operator*=(Vector b) { return *this = *this * b; }
+
+    NTM_FN friend Mask<W> operator<(Vector a, Vector b) {
+        Mask<W> mask;
+        unroll<W>([&](auto i) NTM_INLINE { mask.lane[i] = a[i] < b[i]; });
+        return mask;
+    }
+    NTM_FN friend Mask<W> operator<(Vector a, T b) { return a < all(b); }
+    NTM_FN friend Mask<W> operator>(Vector a, Vector b) { return b < a; }
+    NTM_FN friend Mask<W> operator>(Vector a, T b) { return all(b) < a; }
+
+    NTM_FN static Vector all(T x) {
+        Vector v;
+        unroll<W>([&](auto i) NTM_INLINE { v[i] = x; });
+        return v;
+    }
+    template <class F>
+    NTM_FN static Vector map(Vector a, F f) {
+        unroll<W>([&](auto i) NTM_INLINE { a[i] = f(a[i]); });
+        return a;
+    }
+    template <class F>
+    NTM_FN static Vector map(Vector a, Vector b, F f) {
+        unroll<W>([&](auto i) NTM_INLINE { a[i] = f(a[i], b[i]); });
+        return a;
+    }
+    template <class F>
+    NTM_FN T fold(F f) const {
+        T result = lane[0];
+        unroll<W - 1>([&](auto i) NTM_INLINE { result = f(result, lane[i + 1]); });
+        return result;
+    }
+    NTM_FN T sum() const {
+        return fold([](T a, T b) NTM_INLINE { return a + b; });
+    }
+};
+
+// The accurate functions, not the fast approximations: NaN stays NaN, denormals count.
+template <class T>
+struct Math {
+    static constexpr T tiny = std::numeric_limits<T>::min();
+    static constexpr T infinity = std::numeric_limits<T>::infinity();
+
+    NTM_FN static T select(bool mask, T a, T b) { return mask ? a : b; }
+    NTM_FN static float exp(float x) { return ::expf(x); }
+    NTM_FN static float log(float x) { return ::logf(x); }
+    NTM_FN static float log1p(float x) { return ::log1pf(x); }
+    NTM_FN static float tanh(float x) { return ::tanhf(x); }
+    NTM_FN static float sqrt(float x) { return ::sqrtf(x); }
+    NTM_FN static double exp(double x) { return ::exp(x); }
+    NTM_FN static double log(double x) { return ::log(x); }
+    NTM_FN static double log1p(double x) { return ::log1p(x); }
+    NTM_FN static double tanh(double x) { return ::tanh(x); }
+    NTM_FN static double sqrt(double x) { return ::sqrt(x); }
+
+    template <int W>
+    NTM_FN static Vector<T, W> select(Mask<W> mask, Vector<T, W> a, Vector<T, W> b) {
+        unroll<W>([&](auto i) NTM_INLINE { a[i] = mask.lane[i] ? a[i] : b[i]; });
+        return a;
+    }
+    template <int W>
+    NTM_FN static Vector<T, W> exp(Vector<T, W> v) {
+        return v.map(v, [](T x) NTM_INLINE { return exp(x); });
+    }
+    template <int W>
+    NTM_FN static Vector<T, W> log(Vector<T, W> v) {
+        return v.map(v, [](T x) NTM_INLINE { return log(x); });
+    }
+    template <int W>
+    NTM_FN static Vector<T, W> log1p(Vector<T, W> v) {
+        return v.map(v, [](T x) NTM_INLINE { return log1p(x); });
+    }
+    template <int W>
+    NTM_FN static Vector<T, W> tanh(Vector<T, W> v) {
+        return v.map(v, [](T x) NTM_INLINE { return tanh(x); });
+    }
+    template <int W>
+    NTM_FN static Vector<T, W> sqrt(Vector<T, W> v) {
+        return v.map(v, [](T x) NTM_INLINE { return sqrt(x); });
+    }
+};
+
+// A lane's share of W * stride elements, of which those from n on do not exist and load as 0.
+template <class T, int W>
+struct Tile {
+    using V = Vector<T, W>;
+    Index begin, n;
+    int stride;
+
+    NTM_FN V load(const T* p) const {
+        V v;
+        unroll<W>([&](auto i) NTM_INLINE {
+            if (begin + i * stride < n) v[i] = p[begin + i * stride];
+        });
+        return v;
+    }
+    NTM_FN void store(T* p, V v) const {
+        unroll<W>([&](auto i) NTM_INLINE {
+            if (begin + i * stride < n) p[begin + i * stride] = v[i];
+        });
+    }
+    NTM_FN V only(V v, T fill) const {
+        unroll<W>([&](auto i) NTM_INLINE {
+            if (begin + i * stride >= n) v[i] = fill;
+        });
+        return v;
+    }
+};
+
+// A row's sum as one lane holds it: one number, to which it adds a tile's W at once.
+template <class T>
+struct Sum {
+    T value = 0;
+
+    template <int W>
+    NTM_FN void operator+=(Vector<T, W> v) {
+        value += v.sum();
+    }
+};
+
+template <class T, class F>
+NTM_FN T over_warp(T x, F f) {
+    unroll<5>([&](auto level) NTM_INLINE { x = f(x, __shfl_xor_sync(all_lanes, x, 1 << level)); });
+    return x;
+}
+
+// The sums of Count rows over a warp, S of each: lane k < Count gets those of row k, by an exchange that halves what
+// every lane still holds (6 shuffles for 4 rows, where one row after the other takes 20).
+template <int Count, int S, class T>
+NTM_FN void scatter(Sum<T> (&sums)[Count][S], T (&totals)[S]) {
+    const int lane = threadIdx.x % warp_size;
+    if constexpr (Count == 1) {
+        unroll<S>([&](auto s) NTM_INLINE {
+            totals[s] = over_warp(sums[0][s].value, [](T a, T b) NTM_INLINE { return a + b; });
+        });
+    } else {
+        static_assert(Count == 4);
+        T half[2][S];
+        unroll<2>([&](auto k) NTM_INLINE {
+            unroll<S>([&](auto s) NTM_INLINE {
+                const T low = sums[k][s].value, high = sums[k + 2][s].value;
+                half[k][s] = (lane & 2 ? high : low) + __shfl_xor_sync(all_lanes, lane & 2 ? low : high, 2);
+            });
+        });
+        unroll<S>([&](auto s) NTM_INLINE {
+            const T low = half[0][s], high = half[1][s];
+            T total = (lane & 1 ? high : low) + __shfl_xor_sync(all_lanes, lane & 1 ? low : high, 1);
+            total += __shfl_xor_sync(all_lanes, total, 4);
+            total += __shfl_xor_sync(all_lanes, total, 8);
+            totals[s] = total + __shfl_xor_sync(all_lanes, total, 16);
+        });
+    }
+}
+
+struct __attribute__((may_alias)) __align__(16) Bytes16 {
+    unsigned word[4];
+};
+
+// What both teams share: Self provides rank() and size(), and sync().
+template <class Self, class T, int W>
+struct Team {
+    using Real = T;
+    using V = Vector<T, W>;
+    using Math = cuda::Math<T>;
+
+    template <class F>
+    NTM_FN void tiles(Index n, F&& f) const {
+        for (Index i = self().rank(); i < n; i += W * self().size()) f(Tile<T, W>{i, n, self().size()});
+    }
+    template <class F>
+    NTM_FN void each(Index n, F&& f) const {
+        for (Index i = self().rank(); i < n; i += self().size()) f(i);
+    }
+    template <class F>
+    NTM_FN void one(F&& f) const {
+        if (self().rank() == 0) f();
+    }
+
+    NTM_FN const T* in(Arena<T>& arena, const T* p, Index n) const {
+        if constexpr (!Self::staged) return p;
+        T* place = arena.take(n);
+        put(n, p, place);
+        return place;
+    }
+    NTM_FN T* out(Arena<T>& arena, T* p, Index n) const {
+        if constexpr (!Self::staged) return p;
+        return arena.take(n);
+    }
+    NTM_FN void put(Index n, const T* from, T* to) const {
+        if constexpr (!Self::staged) return;
+        constexpr int numbers = sizeof(Bytes16) / sizeof(T);
+        Index vectors = n / numbers;
+        if (reinterpret_cast<std::uintptr_t>(from) % 16 || reinterpret_cast<std::uintptr_t>(to) % 16) vectors = 0;
+        const Bytes16* source = reinterpret_cast<const Bytes16*>(from);
+        Bytes16* target = reinterpret_cast<Bytes16*>(to);
+        chunks_apart<4>(vectors, [&](auto chunk) NTM_INLINE {  // all loads before the first store, which may alias
+            Bytes16 bytes[chunk.count];
+            unroll<chunk.count>([&](auto k) NTM_INLINE { bytes[k] = source[chunk.first + k * self().size()]; });
+            unroll<chunk.count>([&](auto k) NTM_INLINE { target[chunk.first + k * self().size()] = bytes[k]; });
+        });
+        each(n - vectors * numbers, [&](Index i) NTM_INLINE {
+            to[vectors * numbers + i] = from[vectors * numbers + i];
+        });
+    }
+
+protected:
+    static constexpr int row_count = 4;  // rows that are summed at once
+
+    // f adds a tile's share to the sums of a chunk of rows; then(row, totals) is called by one lane of every warp for
+    // every row, with that warp's sums.
+    template <int S, class F, class G>
+    NTM_FN void rows_by_warp(Index first, Index end, Index n, F&& f, G&& then) const {
+        chunks<row_count>(end - first, [&](auto part) NTM_INLINE {
+            const Chunk<part.count> rows{first + part.first};
+            Sum<T> sums[part.count][S];
+            tiles(n, [&](auto tile) NTM_INLINE { f(rows, tile, sums); });
+            T totals[S];
+            scatter(sums, totals);
+            const int lane = threadIdx.x % warp_size;
+            if (lane < part.count) then(rows.first + lane, totals);
+        });
+    }
+
+private:
+    NTM_FN const Self& self() const { return static_cast<const Self&>(*this); }
+
+    // As chunks(), with the elements of a chunk a team's width apart.
+    template <int Count, class F>
+    NTM_FN void chunks_apart(Index n, F&& f) const {
+        Index i = self().rank();
+        for (; i + (Count - 1) * self().size() < n; i += Count * self().size()) f(Chunk<Count>{i});
+        for (; i < n; i += self().size()) f(Chunk<1>{i});
+    }
+};
+
+// One warp, with four locations a lane: 128 locations are one tile.
+template <class T>
+struct Warp : Team<Warp<T>, T, 4> {
+    static constexpr bool staged = true;
+    static constexpr int max_threads = 128, min_blocks = 4;  // of a block, on a multiprocessor: at most 128 registers
+    static constexpr Size reserved = 0;      // shared numbers beside the scratch
+
+    NTM_FN explicit Warp(T*) {}
+    NTM_FN int rank() const { return threadIdx.x % warp_size; }
+    NTM_FN static constexpr int size() { return warp_size; }
+    NTM_FN void sync() const { __syncwarp(); }
+
+    NTM_FN T sum(typename Warp::V v) const {
+        return over_warp(v.sum(), [](T a, T b) NTM_INLINE { return a + b; });
+    }
+    NTM_FN T max(typename Warp::V v) const {
+        auto larger = [](T a, T b) NTM_INLINE { return a > b ? a : b; };
+        return over_warp(v.fold(larger), larger);
+    }
+    template <int S, class F, class G>
+    NTM_FN void rows(Index m, Index n, F&& f, G&& done) const {
+        this->template rows_by_warp<S>(0, m, n, f, done);
+    }
+};
+
+// A whole block. What its warps have found is exchanged through shared memory, in two halves that take turns: who
+// writes one of them again has met the others once since they read it.
+template <class T, bool Staged>
+struct Block : Team<Block<T, Staged>, T, 1> {
+    static constexpr bool staged = Staged;
+    static constexpr int max_threads = 256, min_blocks = 1;
+    static constexpr int half = 512;
+    static constexpr Size reserved = 2 * half;
+
+    NTM_FN explicit Block(T* exchange) : exchange(exchange) {}
+    NTM_FN int rank() const { return threadIdx.x; }
+    NTM_FN int size() const { return blockDim.x; }
+    NTM_FN void sync() const { __syncthreads(); }
+
+    NTM_FN T sum(typename Block::V v) const {
+        return over_block(v[0], [](T a, T b) NTM_INLINE { return a + b; });
+    }
+    NTM_FN T max(typename Block::V v) const {
+        return over_block(v[0], [](T a, T b) NTM_INLINE { return a > b ? a : b; });
+    }
+    template <int S, class F, class G>
+    NTM_FN void rows(Index m, Index n, F&& f, G&& done) const {
+        const int warps = size() / warp_size, warp = rank() / warp_size;
+        const Index most = half / (S * warps);  // rows for which there is room: 32 or more
+        for (Index first = 0; first < m; first += most) {
+            const Index end = first + most < m ? first + most : m;
+            T* place = next_half();
+            this->template rows_by_warp<S>(first, end, n, f, [&](Index row, const T* totals) NTM_INLINE {
+                unroll<S>([&](auto s) NTM_INLINE { place[((row - first) * S + s) * warps + warp] = totals[s]; });
+            });
+            sync();
+            this->each(end - first, [&](Index row) NTM_INLINE {
+                T totals[S];
+                unroll<S>([&](auto s) NTM_INLINE {
+                    totals[s] = 0;
+                    for (int w = 0; w < warps; ++w) totals[s] += place[(row * S + s) * warps + w];
+                });
+                done(first + row, totals);
+            });
+        }
+    }
+
+private:
+    T* exchange;
+    mutable int turn = 0;
+
+    NTM_FN T* next_half() const {
+        turn ^= 1;
+        return exchange + turn * half;
+    }
+    template <class F>
+    NTM_FN T over_block(T x, F f) const {
+        x = over_warp(x, f);
+        T* place = next_half();
+        if (rank() % warp_size == 0) place[rank() / warp_size] = x;
+        sync();
+        x = place[0];
+        for (int w = 1; w < size() / warp_size; ++w) x = f(x, place[w]);
+        return x;
+    }
+};
+
+}  // namespace ntm::cuda
