@@ -37,7 +37,7 @@ def _check(controller: str, engine: str, B: int) -> None:
 
 def _model(controller: str, engine: str, B: int) -> nn.Module:
     """Skips where the engine cannot serve."""
-    native = {"sequence": "sequence", "step": "memory_step"}.get(engine)
+    native = {"sequence": "ntm_sequence", "step": "memory_step"}.get(engine)
     if native and (reason := ops.why_not_native(torch.device("cpu"), torch.float32, native)):
         pytest.skip(reason)
     if native:

@@ -137,7 +137,7 @@ def commit() -> str | None:
 
 def insist_on_sequence() -> None:
     """Raises ValueError where the native sequence engine is missing: there is nothing to measure then."""
-    reason = ntm_fast.ops.why_not_native(torch.device("cpu"), torch.float32, "sequence")
+    reason = ntm_fast.ops.why_not_native(torch.device("cpu"), torch.float32, "ntm_sequence")
     if reason:
         raise ValueError(f"the sequence engine cannot serve: {reason}")
 

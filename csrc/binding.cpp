@@ -83,6 +83,12 @@ template <>
 struct From<StepSizes> : FromMembers<StepSizes, Size, Size, Size, Size, Size, Size> {};
 template <>
 struct From<StepOptions> : FromMembers<StepOptions, int, int, int, double, double> {};
+template <class T>
+struct From<SequenceState<T>> : FromMembers<SequenceState<T>, T*, T*, T*, T*, T*, T*> {};
+template <class T>
+struct From<SequenceTrail<T>> : FromMembers<SequenceTrail<T>, T*, T*, T*, T*, T*, T*, T*, T*, T*> {};
+template <class T>
+struct From<SequenceGrads<T>> : FromMembers<SequenceGrads<T>, T*, T*, T*> {};
 template <>
 struct From<SequenceSizes> : FromMembers<SequenceSizes, Size, Size, Size, Size, int, StepSizes, Size> {};
 
@@ -149,8 +155,8 @@ const std::map<std::string, Entry> operators = {
     {"lstm_gates_backward", entry<&F::lstm_gates_backward, &D::lstm_gates_backward>},
     {"gru_gates", entry<&F::gru_gates, &D::gru_gates>},
     {"gru_gates_backward", entry<&F::gru_gates_backward, &D::gru_gates_backward>},
-    {"sequence", entry<&F::sequence, &D::sequence>},
-    {"sequence_backward", entry<&F::sequence_backward, &D::sequence_backward>},
+    {"ntm_sequence", entry<&F::ntm_sequence, &D::ntm_sequence>},
+    {"ntm_sequence_backward", entry<&F::ntm_sequence_backward, &D::ntm_sequence_backward>},
 };
 
 }  // namespace

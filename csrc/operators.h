@@ -132,27 +132,18 @@ struct Operators {
                                 T* grad_input_gates, T* grad_hidden_gates, T* grad_hidden);
     // The whole sequence; see core/sequence.h. weights: for every layer of an LSTM [weight_fed, weight_hh],
     // [gates, fed + H], of a GRU weight_fed [gates, fed] and weight_hh [gates, H]; after either bias_x and bias_y
-    // [gates]; last the heads' weight [P, H] and bias [P]. The state comes in as the initial one and
-    // goes out as the final one. keep: leave behind what the backward needs.
-    Error (*sequence)(Launch, SequenceSizes, StepOptions, int keep,
-                      const T* weights,
-                      T* memory, T* read_weights, T* write_weights, T* reads, T* hidden, T* cell,  // state
-                      T* x, T* y, T* lower_hidden, T* all_cell, T* params, T* features,           // trail
-                      T* all_read_weights, T* all_write_weights, T* all_memory);
-    // The gradient of the state comes in as that of the final one and goes out as that of the initial one.
-    Error (*sequence_backward)(Launch, SequenceSizes, StepOptions,
-                               const T* weights,
-                               const T* memory, const T* read_weights, const T* write_weights, const T* hidden,
-                               const T* cell,          // the initial state
-                               const T* final_memory,  // [B, M, N]
-                               const T* x, const T* y, const T* lower_hidden, const T* all_cell, const T* params,
-                               const T* features, const T* all_read_weights, const T* all_write_weights,
-                               const T* all_memory,
-                               const T* grad_features,  // [T, B, H + R M]
-                               T* grad_memory, T* grad_read_weights, T* grad_write_weights, T* grad_state_reads,
-                               T* grad_state_hidden, T* grad_state_cell,  // gradient of the state
-                               T* grad_x, T* grad_y,  // [L, T, B, gates]; may be x and y
-                               T* grad_params);        // [T, B, P]
+    // [gates]; last the heads' weight [P, H] and bias [P]. keep: leave behind what the backward needs.
+    Error (*ntm_sequence)(Launch, SequenceSizes, StepOptions, int keep,
+                          const T* weights,
+                          SequenceState<const T> initial, SequenceState<T> final,
+                          SequenceTrail<T> trail);
+    Error (*ntm_sequence_backward)(Launch, SequenceSizes, StepOptions,
+                                   const T* weights,
+                                   SequenceState<const T> initial, const T* final_memory,  // [B, M, N]
+                                   SequenceTrail<const T> trail,
+                                   const T* grad_features,  // [T, B, H + R M]
+                                   SequenceState<const T> grad_final, SequenceState<T> grad_initial,
+                                   SequenceGrads<T>);  // x and y may be those of the trail
 };
 
 // Has a table's entry done by a body of core/element.h, whose members are the entry's parameters: Run::run(body, launch)

@@ -12,6 +12,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -214,6 +215,20 @@ def call(operator: str, like: torch.Tensor, *values: Any) -> None:
             room = like.new_empty(needed.value, dtype=torch.uint8)
             workspace = room.data_ptr()
     function(part.id, is_double, *launch, workspace, 0, *values)
+
+
+def step_sizes(
+    memory: torch.Tensor, read_weights: torch.Tensor, write_weights: torch.Tensor, shift_range: int
+) -> tuple[int, ...]:
+    """memory_step's sizes as the native code takes them: B, R, W, N, M, 2S+1."""
+    return read_weights.shape[0], read_weights.shape[1], write_weights.shape[1], *memory.shape[1:], 2 * shift_range + 1
+
+
+def step_scalars(
+    read_first: bool, key_activation: str, add_activation: str, clip: float | None, eps: float
+) -> tuple[Any, ...]:
+    """memory_step's other options as the native code takes them."""
+    return read_first, key_activation == "tanh", add_activation == "tanh", math.inf if clip is None else clip, eps
 
 
 def available(device_type: str) -> bool:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _native, ops, recurrence, reference
-from .controllers import CONTROLLERS
+from .controllers import Controller
 from .state import NTMState, NTMTrace
 
 ENGINES = ("auto", "sequence", "step", "reference")
@@ -95,9 +93,8 @@ class _NTM(nn.Module):
             raise TypeError(f"dtype: got {dtype!r}, expected a floating dtype")
         factory = {"device": device, "dtype": dtype}
         n, m, r, w = memory_locations, memory_width, read_heads, write_heads
-        make_controller = CONTROLLERS[_choice("controller", controller, tuple(CONTROLLERS))]
-        self.controller_type = controller
-        self.controller = make_controller(input_size + r * m, hidden_size, num_layers, **factory)
+        self.controller_type = _choice("controller", controller, tuple(reference.CONTROLLERS))
+        self.controller = Controller(controller, input_size + r * m, hidden_size, num_layers, **factory)
         self.heads = nn.Linear(hidden_size, reference.params_size(r, w, m, shift_range), **factory)
         self.output = nn.Linear(hidden_size + r * m, output_size, **factory)
         initial_memory = torch.empty(n, m, **factory)
@@ -150,9 +147,7 @@ class _NTM(nn.Module):
             return "reference"
         device, dtype = inputs.device, self.heads.weight.dtype
         step = ops.why_not_native(device, dtype)
-        sequence = step or ops.why_not_native(device, dtype, "sequence")
-        if self.controller_type == "feedforward":
-            sequence = sequence or "its controllers are LSTM and GRU, not feedforward"
+        sequence = ops.why_not_native(device, dtype, "ntm_sequence") or ops.why_no_sequence(self.controller_type)
         reason = {"step": step, "sequence": sequence, "auto": None}[self.engine]
         if reason is not None:
             raise RuntimeError(f"engine={self.engine!r} cannot serve: {reason}")
@@ -225,57 +220,20 @@ class _NTM(nn.Module):
             "clip": self.clip,
         }
 
-    def _weights(self) -> list[Tensor]:
-        """What the loop over time uses of the parameters, in the order of :func:`recurrence.run`."""
-        return [*self.controller.weights(), self.heads.weight, self.heads.bias]
-
-    def _loop(
-        self, kernels: ModuleType, inputs: Tensor, *tensors: Tensor, records: list | None = None
-    ) -> tuple[Tensor, ...]:
-        """The loop over time in plain PyTorch around ``kernels``: arguments and results as :func:`recurrence.run`."""
-        memory, read_weights, write_weights, reads, *rest = tensors
-        states = len(self.controller.state_names)
-        layers = self.controller.unpack(tuple(rest[:states]))
-        *weights, heads_weight, heads_bias = rest[states:]
-        controller = self.controller.bind(weights, kernels)
-        options = self._options()
-        features = []
-        for x in inputs.unbind(0):
-            hidden, layers = controller(torch.cat([x, reads.flatten(1)], 1), layers)
-            params = F.linear(hidden, heads_weight, heads_bias)
-            reads, memory, read_weights, write_weights = kernels.memory_step(
-                memory, read_weights, write_weights, params, **options
-            )
-            features += (hidden, reads.flatten(1))
-            if records is not None:
-                records.append((read_weights, write_weights, reads, params))
-        # (B, T (hidden + R M)), then time first: one copy instead of one per step
-        stacked = torch.cat(features, 1).view(inputs.shape[1], inputs.shape[0], self.output.in_features).transpose(0, 1)
-        return stacked, memory, read_weights, write_weights, reads, *self.controller.pack(layers)
-
     def _run(self, inputs: Tensor, state: NTMState, records: list | None = None) -> tuple[Tensor, NTMState]:
         """inputs (T, B, I) -> outputs (T, B, O) and the final state. ``records`` collects what a trace shows."""
         engine = self._choose_engine(inputs)
-        *memory, controller_state = state
-        tensors = (*memory, *controller_state, *self._weights())
-        plain = engine == "reference" or records is not None or torch.compiler.is_compiling() or ops.transforming()
-        if plain or inputs.shape[1] == 0 or torch.is_autocast_enabled(inputs.device.type):
+        arguments = inputs, *state, self.controller.weights(), self.heads.weight, self.heads.bias
+        options = {"controller": self.controller_type, **self._options()}
+        if engine == "sequence" and records is None:
+            features, *final = ops.ntm_sequence(*arguments, **options, memory_checkpoint=self.memory_checkpoint)
+        elif engine != "step" or records is not None or not recurrence.can_serve(inputs):
             kernels = reference if engine == "reference" else ops
-            features, *final = self._loop(kernels, inputs, *tensors, records=records)
+            features, *final = reference.unroll(kernels, *arguments, **options, records=records)
         else:
-            plan = recurrence.Plan(
-                engine=engine,
-                memory_checkpoint=self.memory_checkpoint,
-                controller=self.controller_type,
-                layers=self.num_layers,
-                state_tensors=len(controller_state),
-                options=(*self._options().values(), ops.EPS),
-                reference=functools.partial(self._loop, reference),
-            )
-            features, *final = recurrence.run(plan, inputs, tensors)
+            features, *final = recurrence.run(*arguments, **options)
         outputs = F.linear(features, self.output.weight, self.output.bias)
-        memory, read_weights, write_weights, reads, *controller_state = final
-        return outputs, NTMState(memory, read_weights, write_weights, reads, tuple(controller_state))
+        return outputs, NTMState(*final)
 
     def extra_repr(self) -> str:
         return (
@@ -315,7 +273,7 @@ class FastNTM(_NTM):
             step), ``"reference"`` (plain PyTorch) or ``"auto"``, the fastest that can serve. A forced engine that
             cannot serve raises a ``RuntimeError`` with the reason.
         memory_checkpoint: of the sequence engine in training: ``"all"`` keeps the memory of every step for backward, a
-            number K that of every K-th step, and writes those between again. ``"auto"``: all of them up to 16 MB,
+            number K that of every K-th step, and writes those between again. ``"auto"``: all of them up to 2 MB,
             beyond that every sqrt(T)-th, which is then the faster choice too.
 
     Shapes: inputs (T, B, I), (B, T, I) with ``batch_first``, or unbatched (T, I). Outputs likewise with O features;
@@ -333,8 +291,7 @@ class FastNTM(_NTM):
 
         Raises ValueError or TypeError naming the argument whose shape, dtype or device is wrong.
         """
-        if lengths is not None:
-            raise NotImplementedError("lengths: sequences of different lengths in a batch are not supported yet")
+        reference.check_lengths(lengths)
         return self._forward(inputs, state)
 
     def trace(self, inputs: Tensor, state: NTMState | None = None) -> tuple[Tensor, NTMTrace]:

@@ -12,13 +12,12 @@ transposed views, and passing them on costs no copy.
 from __future__ import annotations
 
 import functools
-import math
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
 
-from . import _native, reference
+from . import _native, reference, sequence
 
 _LIBRARY = torch.library.Library("ntm_fast", "DEF")
 _MEMORY = "BNM"  # tensors of these dimensions are location-minor inside: [B, M, N]
@@ -36,6 +35,16 @@ class _Operator(NamedTuple):
     saved: tuple[str, ...] = ()  # the outputs that backward needs
     options: dict[str, str] = {}  # name -> type in the schema
     derived: Callable[..., dict[str, int]] | None = None  # (dims, *options) -> dimensions that follow from others
+
+
+_STEP_OPTIONS = {
+    "shift_range": "int",
+    "read_first": "bool",
+    "key_activation": "str",
+    "add_activation": "str",
+    "clip": "float?",
+    "eps": "float",
+}
 
 
 def _step_dimensions(dims: dict[str, int], shift_range: int, *_: Any) -> dict[str, int]:
@@ -83,14 +92,7 @@ _OPERATORS = (
         {"memory": _MEMORY, "read_weights": "BRN", "write_weights": "BWN", "params": "BP"},
         {"reads": "BRM", "new_memory": _MEMORY, "new_read_weights": "BRN", "new_write_weights": "BWN"},
         saved=("new_memory", "new_read_weights", "new_write_weights"),
-        options={
-            "shift_range": "int",
-            "read_first": "bool",
-            "key_activation": "str",
-            "add_activation": "str",
-            "clip": "float?",
-            "eps": "float",
-        },
+        options=_STEP_OPTIONS,
         derived=_step_dimensions,
     ),
     _Operator(
@@ -152,18 +154,8 @@ def _address(tensor: Tensor, letters: str, keep: list[Tensor]) -> int:
 
 def _native_scalars(op: _Operator, dims: dict[str, int], options: tuple) -> list:
     """Sizes and options as the native functions take them (csrc/operators.h)."""
-    return [dims[letter] for letter in op.sizes] + list(step_scalars(options) if op.name == "memory_step" else options)
-
-
-def step_sizes(memory: Tensor, read_weights: Tensor, write_weights: Tensor, shift_range: int) -> tuple[int, ...]:
-    """memory_step's sizes as the native code takes them: B, R, W, N, M, 2S+1."""
-    return read_weights.shape[0], read_weights.shape[1], write_weights.shape[1], *memory.shape[1:], 2 * shift_range + 1
-
-
-def step_scalars(options: tuple) -> tuple:
-    """memory_step's options as the native code takes them; shift_range is among the sizes there."""
-    _, read_first, key_activation, add_activation, clip, eps = options
-    return read_first, key_activation == "tanh", add_activation == "tanh", math.inf if clip is None else clip, eps
+    scalars = _native.step_scalars(*options[1:]) if op.name == "memory_step" else options
+    return [dims[letter] for letter in op.sizes] + list(scalars)
 
 
 def _define(name: str, op: _Operator, inputs: dict[str, str], outputs: dict[str, str]) -> None:
@@ -214,9 +206,11 @@ def _function(op: _Operator) -> type[torch.autograd.Function]:
     kept = [index for index, name in enumerate(op.outputs) if name in op.saved]
     forward_op = getattr(torch.ops.ntm_fast, op.name).default
     backward_op = getattr(torch.ops.ntm_fast, f"{op.name}_backward").default
-    twin = getattr(reference, op.name)
 
     class Function(torch.autograd.Function):
+        twin = staticmethod(getattr(reference, op.name))
+        plain = staticmethod(forward_op)  # without a graph
+
         @staticmethod
         def forward(ctx, *args):
             outputs = forward_op(*args)
@@ -230,7 +224,7 @@ def _function(op: _Operator) -> type[torch.autograd.Function]:
             saved = ctx.saved_tensors
             if torch.is_grad_enabled():
                 options = dict(zip(op.options, ctx.options))
-                return (*grads_through(functools.partial(twin, **options), saved[:count], grads), *nones)
+                return (*grads_through(functools.partial(Function.twin, **options), saved[:count], grads), *nones)
             found = backward_op(*saved, *grads, *ctx.options)
             return (*(found if isinstance(found, (tuple, list)) else (found,)), *nones)
 
@@ -255,6 +249,128 @@ for _op in _OPERATORS:
     _FUNCTIONS[_op.name] = _function(_op)
 
 
+# --- ntm_sequence: as many tensors as there are layers ----------------------------------------------------------------
+
+_SEQUENCE_OPTIONS = {"controller": "str", **_STEP_OPTIONS, "memory_checkpoint": "int"}
+
+
+def _define_sequence() -> None:
+    tensors = "Tensor inputs, Tensor memory, Tensor read_weights, Tensor write_weights, Tensor reads, Tensor[] state"
+    tensors += ", Tensor[] weights, Tensor heads_weight, Tensor heads_bias"
+    trail = "Tensor features, Tensor new_memory, Tensor[] trail"
+    grads = "Tensor grad_features, Tensor grad_memory, Tensor grad_read_weights, Tensor grad_write_weights"
+    grads += ", Tensor grad_reads, Tensor[] grad_state"
+    options = ", ".join(f"{kind} {name}" for name, kind in _SEQUENCE_OPTIONS.items())
+    results = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[]"
+    _LIBRARY.define(f"ntm_sequence({tensors}, {options}, bool keep) -> ({results})")
+    _LIBRARY.define(f"ntm_sequence_backward({tensors}, {trail}, {grads}, {options}, bool needs_inputs) -> Tensor[]")
+    for name, kernel, fake in (
+        ("ntm_sequence", sequence.forward, sequence.fake),
+        ("ntm_sequence_backward", sequence.backward, sequence.fake_backward),
+    ):
+        torch.library.register_fake(f"ntm_fast::{name}", fake, lib=_LIBRARY)
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, kernel, key)
+
+
+_define_sequence()
+
+
+def _nested(tensors: Sequence[Tensor], controller: str) -> tuple:
+    """ntm_sequence's tensors in a row -> as its signature groups them."""
+    states = len(reference.CONTROLLERS[controller].state)
+    return *tensors[:5], tensors[5 : 5 + states], tensors[5 + states : -2], *tensors[-2:]
+
+
+def flat_sequence(*tensors: Tensor, controller: str, **options: Any) -> tuple[Tensor, ...]:
+    """The reference, tensors in a row in and out."""
+    *outputs, state = reference.ntm_sequence(*_nested(tensors, controller), controller=controller, **options)
+    return *outputs, *state
+
+
+def _watched() -> bool:
+    """Whether somebody is to see registered operators: a tracer, or a mode that intercepts them."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _run_sequence(*args: Any, keep: bool = False) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Tensors and options in a row -> features and final state in a row, and the trail."""
+    tensors, options = args[: -len(_SEQUENCE_OPTIONS)], args[-len(_SEQUENCE_OPTIONS) :]
+    kernel = torch.ops.ntm_fast.ntm_sequence.default if _watched() else sequence.forward
+    *outputs, state, trail = kernel(*_nested(tensors, options[0]), *options, keep)
+    return (*outputs, *state), trail
+
+
+class _NTMSequence(torch.autograd.Function):
+    twin = staticmethod(flat_sequence)
+
+    @staticmethod
+    def plain(*args):
+        return _run_sequence(*args)[0]
+
+    @staticmethod
+    def forward(ctx, *args):
+        outputs, trail = _run_sequence(*args, keep=True)
+        tensors, ctx.options = args[: -len(_SEQUENCE_OPTIONS)], args[-len(_SEQUENCE_OPTIONS) :]
+        ctx.save_for_backward(*tensors, *outputs[:2], *trail)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        saved = ctx.saved_tensors
+        count = len(saved) - 2 - len(sequence.Trail._fields)
+        tensors, (features, memory, *trail) = saved[:count], saved[count:]
+        nones = (None,) * len(_SEQUENCE_OPTIONS)
+        if torch.is_grad_enabled():
+            twin = functools.partial(flat_sequence, **dict(zip(_SEQUENCE_OPTIONS, ctx.options)))
+            return (*grads_through(twin, tensors, grads), *nones)
+        needs_inputs = ctx.needs_input_grad[0]
+        arguments = *_nested(tensors, ctx.options[0]), features, memory, trail, *grads[:5], grads[5:]
+        if _watched():
+            found = torch.ops.ntm_fast.ntm_sequence_backward.default(*arguments, *ctx.options, needs_inputs)
+        else:  # the trail may go, unless backward may be asked for once more
+            spend = not torch._C._autograd._get_current_graph_task_keep_graph()
+            found = sequence.backward(*arguments, *ctx.options, needs_inputs, spend=spend)
+        return found[-1] if needs_inputs else None, *found[: count - 1], *nones
+
+
+_FUNCTIONS["ntm_sequence"] = _NTMSequence
+
+
+def _sequence_operator(controller: str, states: int, weights: int) -> _Operator:
+    """What :func:`_check` must know of an ntm_sequence with so many tensors."""
+    kind = reference.CONTROLLERS[controller]
+    layers, left = divmod(weights, len(kind.weights))
+    if states != len(kind.state):
+        raise ValueError(
+            f"ntm_sequence: state must be {len(kind.state)} tensors ({', '.join(kind.state) or 'none'}) for controller "
+            f"{controller!r}; got {states}"
+        )
+    if layers == 0 or left:
+        raise ValueError(
+            f"ntm_sequence: weights must be {len(kind.weights)} tensors for each layer ({', '.join(kind.weights)}) for "
+            f"controller {controller!r}; got {weights}"
+        )
+    letters = [
+        {"weight_ih": "GH" if layer else "GX", "weight_hh": "GH"}.get(name, "G")
+        for layer in range(layers)
+        for name in kind.weights
+    ]
+
+    def derived(dims: dict[str, int], _: str, shift_range: int, *__: Any) -> dict[str, int]:
+        columns = dims["I"] + dims["R"] * dims["M"]
+        return {"L": layers, "G": kind.gates * dims["H"], "X": columns, **_step_dimensions(dims, shift_range)}
+
+    inputs = {"inputs": "TBI", "memory": _MEMORY, "read_weights": "BRN", "write_weights": "BWN", "reads": "BRM"}
+    inputs |= {f"state[{index}]": "LBH" for index in range(states)}
+    inputs |= {f"weights[{index}]": own for index, own in enumerate(letters)}
+    inputs |= {"heads_weight": "PH", "heads_bias": "P"}
+    return _Operator("ntm_sequence", "", inputs, {}, derived=derived)
+
+
+_cached_sequence_operator = functools.cache(_sequence_operator)
+
+
 # --- the public functions ---------------------------------------------------------------------------------------------
 
 
@@ -265,16 +381,23 @@ def why_not_native(device: torch.device, dtype: torch.dtype, name: str = "memory
     return _native.why_not(device.type, dtype is torch.float64, name)
 
 
+def why_no_sequence(controller: str) -> str | None:
+    """Why no native :func:`ntm_sequence` takes such a controller; None when one does."""
+    return "its controllers are LSTM and GRU, not feedforward" if controller == "feedforward" else None
+
+
 def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
     """For every operator, what would serve tensors of that device and dtype: ``"native"``, or ``"reference: why"``."""
     device = torch.device(device)
-    reasons = {op.name: why_not_native(device, dtype, op.name) for op in _OPERATORS}
+    reasons = {name: why_not_native(device, dtype, name) for name in (*_BY_NAME, "ntm_sequence")}
     return {name: "native" if reason is None else f"reference: {reason}" for name, reason in reasons.items()}
 
 
 def transforming() -> bool:
     """Whether functorch or forward-mode AD is active: these need the reference."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _describe(letters: str) -> str:
@@ -326,27 +449,40 @@ def _check(op: _Operator, tensors: tuple[Tensor, ...], options: dict[str, Any]) 
         )
 
 
-def _call(op: _Operator, tensors: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
+def _call(op: _Operator, tensors: tuple[Tensor, ...], options: dict[str, Any], reason: str | None = None) -> Any:
+    """Check, then let serve what can; ``reason``, if there is one, speaks against the native kernels."""
     first = tensors[0]
     if isinstance(first, Tensor) and not first.is_meta and torch.is_autocast_enabled(first.device.type):
         low = (torch.float16, torch.bfloat16)
         tensors = tuple(t.float() if isinstance(t, Tensor) and t.dtype in low else t for t in tensors)
         with torch.autocast(first.device.type, enabled=False):
-            return _call(op, tensors, options)
+            return _call(op, tensors, options, reason)
     _check(op, tensors, options)
-    if why_not_native(first.device, first.dtype, op.name) is not None or (
-        not torch.compiler.is_compiling() and transforming()
-    ):
+    function = _FUNCTIONS[op.name]
+    if reason or why_not_native(first.device, first.dtype, op.name) is not None or transforming():
         _native.warn_once(first.device.type)
-        return getattr(reference, op.name)(*tensors, **options)
+        return function.twin(*tensors, **options)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _FUNCTIONS[op.name].apply(*tensors, *options.values())
-    return getattr(torch.ops.ntm_fast, op.name)(*tensors, *options.values())
+        return function.apply(*tensors, *options.values())
+    return function.plain(*tensors, *options.values())
 
 
 def _positive(op: str, name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{op}: {name} must be positive, got {value}")
+
+
+def _check_step_options(
+    op: str, shift_range: int, key_activation: str, add_activation: str, clip: float | None, eps: float
+) -> None:
+    if shift_range < 0:
+        raise ValueError(f"{op}: shift_range must not be negative, got {shift_range}")
+    for name, value in (("key_activation", key_activation), ("add_activation", add_activation)):
+        if value not in _ACTIVATIONS:
+            raise ValueError(f"{op}: {name} must be 'tanh' or 'identity', got {value!r}")
+    if clip is not None:
+        _positive(op, "clip", clip)
+    _positive(op, "eps", eps)
 
 
 def content_addressing(memory: Tensor, key: Tensor, beta: Tensor, *, eps: float = EPS) -> Tensor:
@@ -402,14 +538,7 @@ def memory_step(
     clip: float | None = 20.0,
     eps: float = EPS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if shift_range < 0:
-        raise ValueError(f"memory_step: shift_range must not be negative, got {shift_range}")
-    for name, value in (("key_activation", key_activation), ("add_activation", add_activation)):
-        if value not in _ACTIVATIONS:
-            raise ValueError(f"memory_step: {name} must be 'tanh' or 'identity', got {value!r}")
-    if clip is not None:
-        _positive("memory_step", "clip", clip)
-    _positive("memory_step", "eps", eps)
+    _check_step_options("memory_step", shift_range, key_activation, add_activation, clip, eps)
     options = {
         "shift_range": shift_range,
         "read_first": read_first,
@@ -429,5 +558,56 @@ def gru_gates(input_gates: Tensor, hidden_gates: Tensor, hidden: Tensor) -> Tens
     return _call(_BY_NAME["gru_gates"], (input_gates, hidden_gates, hidden), {})
 
 
-for _op in _OPERATORS:
-    globals()[_op.name].__doc__ = getattr(reference, _op.name).__doc__
+def ntm_sequence(
+    inputs: Tensor,
+    memory: Tensor,
+    read_weights: Tensor,
+    write_weights: Tensor,
+    reads: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    heads_weight: Tensor,
+    heads_bias: Tensor,
+    *,
+    controller: str = "lstm",
+    shift_range: int,
+    read_first: bool = False,
+    key_activation: str = "tanh",
+    add_activation: str = "tanh",
+    clip: float | None = 20.0,
+    eps: float = EPS,
+    memory_checkpoint: str | int = "auto",
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    reference.check_lengths(lengths)
+    if controller not in reference.CONTROLLERS:
+        raise ValueError(
+            f"ntm_sequence: controller must be {', '.join(map(repr, reference.CONTROLLERS))}, got {controller!r}"
+        )
+    if memory_checkpoint not in ("auto", "all") and not (isinstance(memory_checkpoint, int) and memory_checkpoint > 0):
+        raise ValueError(
+            f"ntm_sequence: memory_checkpoint must be 'auto', 'all' or a positive int, got {memory_checkpoint!r}"
+        )
+    _check_step_options("ntm_sequence", shift_range, key_activation, add_activation, clip, eps)
+    options = {
+        "controller": controller,
+        "shift_range": shift_range,
+        "read_first": read_first,
+        "key_activation": key_activation,
+        "add_activation": add_activation,
+        "clip": clip,
+        "eps": eps,
+        "memory_checkpoint": {"auto": 0, "all": 1}.get(memory_checkpoint, memory_checkpoint),
+    }
+    state, weights = tuple(state), tuple(weights)
+    tensors = inputs, memory, read_weights, write_weights, reads, *state, *weights, heads_weight, heads_bias
+    describe = _sequence_operator if torch.compiler.is_compiling() else _cached_sequence_operator
+    op = describe(controller, len(state), len(weights))
+    features, memory, read_weights, write_weights, reads, *state = _call(
+        op, tensors, options, why_no_sequence(controller)
+    )
+    return features, memory, read_weights, write_weights, reads, tuple(state)
+
+
+for _name in (*_BY_NAME, "ntm_sequence"):
+    globals()[_name].__doc__ = getattr(reference, _name).__doc__

@@ -1,8 +1,8 @@
 """The step engine's loop over time: one autograd node for a whole sequence.
 
 What is recurrent runs step by step on the native kernels, without autograd's bookkeeping between them. What is not
-(the inputs' share of the gates, every weight gradient) is one large product over all steps. The reference loop in
-:mod:`ntm_fast.modules` computes the same and serves where this cannot: under ``create_graph``, ``torch.compile`` and
+(the inputs' share of the gates, every weight gradient) is one large product over all steps. The loop in plain PyTorch,
+:func:`reference.unroll`, computes the same and serves where this cannot: under ``create_graph``, ``torch.compile`` and
 functorch.
 
 T time, B batch, I inputs, H hidden, F what a layer is fed at every step: the reads for the first layer, the hidden
@@ -11,14 +11,13 @@ state of the layer below for the others.
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+import functools
+from typing import Sequence
 
 import torch
 from torch import Tensor
 
-from . import _native, ops
-from .controllers import by_layer
-from .sequence import SequenceTape
+from . import _native, ops, reference
 
 
 class _Layer:
@@ -201,33 +200,19 @@ def _run(name: str, batch: int, hidden_size: int, *tensors: Tensor) -> None:
     _native.call(name, tensors[0], batch, hidden_size, *[tensor.data_ptr() for tensor in tensors])
 
 
-class Plan(NamedTuple):
-    """What a sequence needs besides tensors."""
-
-    engine: str  # "step" or "sequence"
-    memory_checkpoint: str | int  # of the sequence engine: "auto", "all" or every how many steps a memory is kept
-    controller: str
-    layers: int
-    state_tensors: int  # of the controller: 2 for an LSTM, 1 for a GRU, 0 for feedforward
-    options: tuple  # of memory_step, in its order
-    reference: Callable  # (inputs, state tensors, weights) -> the same outputs, differentiable to any order
-
-    def split(self, tensors: tuple[Tensor, ...]) -> tuple[tuple, tuple, list[tuple], tuple]:
-        """The tensors of :func:`run` -> the memory's state, the controller's, each layer's weights, the heads'."""
-        state, weights, heads = tensors[: 4 + self.state_tensors], tensors[4 + self.state_tensors : -2], tensors[-2:]
-        return state[:4], state[4:], by_layer(weights, len(weights) // self.layers), heads
-
-
 class StepTape:
     """A sequence on its way forward, and what backward needs of it."""
 
-    def __init__(self, plan: Plan, keep: bool, inputs: Tensor, tensors: tuple[Tensor, ...]):
-        (memory, read_weights, write_weights, reads), state, weights, heads = plan.split(tensors)
-        self.heads_weight, self.heads_bias = heads
+    def __init__(self, controller: str, options: dict, keep: bool, inputs: Tensor, tensors: tuple[Tensor, ...]):
+        kind = reference.CONTROLLERS[controller]
+        states = 4 + len(kind.state)
+        memory, read_weights, write_weights, reads, *state = tensors[:states]
+        *weights, self.heads_weight, self.heads_bias = tensors[states:]
         self.keep = keep
         self.steps, self.batch, _ = inputs.shape
-        sizes = ops.step_sizes(memory, read_weights, write_weights, plan.options[0])
-        self.scalars = (*sizes, *ops.step_scalars(plan.options))
+        shift_range, *scalars = ({**options, "eps": ops.EPS}).values()
+        sizes = _native.step_sizes(memory, read_weights, write_weights, shift_range)
+        self.scalars = (*sizes, *_native.step_scalars(*scalars))
         self.memory = [memory.transpose(1, 2).contiguous()]
         # Every memory that backward needs, in one piece; the last one apart, as it is the caller's to keep.
         kept = self.steps - 1 if keep else min(self.steps - 1, 2)
@@ -238,9 +223,9 @@ class StepTape:
         self.reads = reads.contiguous()
         self.layers = []
         flat = inputs.reshape(self.steps * self.batch, -1)
-        for layer, own in enumerate(weights):
+        for layer, own in enumerate(reference.by_layer(weights, len(kind.weights))):
             layer_state = tuple(tensor[layer] for tensor in state)
-            self.layers.append(_LAYERS[plan.controller](own, flat, self.steps, layer_state, keep))
+            self.layers.append(_LAYERS[controller](own, flat, self.steps, layer_state, keep))
             flat = flat[:, :0]  # the layers above have no inputs of their own
 
     def _call(self, name: str, *tensors: Tensor) -> None:
@@ -283,14 +268,13 @@ class StepTape:
         )
 
     def backward(
-        self, needs_inputs: bool, again: bool, outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+        self, needs_inputs: bool, outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the outputs -> of the inputs (T, B, I), the initial state's tensors and the weights.
 
-        ``again``: whether backward may be asked for once more. ``outputs``: the features, memory, read and write
-        weights that :meth:`forward` returned, which the tape does not hold.
+        ``outputs``: the memory, read and write weights that :meth:`forward` returned, which the tape does not hold.
         """
-        _, memory, read_weights, write_weights = outputs
+        memory, read_weights, write_weights = outputs
         memories = [*self.memory, memory.transpose(1, 2).contiguous()]
         all_read_weights = [*self.read_weights, read_weights.contiguous()]
         all_write_weights = [*self.write_weights, write_weights.contiguous()]
@@ -336,39 +320,58 @@ class StepTape:
         return grad_inputs, grad_memory.transpose(1, 2), *grad_weights, fed.view_as(reads), *states, *weights, *heads
 
 
-_TAPES = {"step": StepTape, "sequence": SequenceTape}
-
-
 class _Sequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, inputs, *tensors):
-        ctx.plan = plan
-        ctx.tape = _TAPES[plan.engine](plan, True, inputs, tensors)
+    def forward(ctx, controller, options, inputs, *tensors):
+        ctx.options = {"controller": controller, **options}
+        ctx.tape = StepTape(controller, options, True, inputs, tensors)
         outputs = ctx.tape.forward()
         # What backward needs of the outputs is kept by torch: it notices when they are changed in place before, and a
         # tape that held them would hold, through their graph, itself.
-        ctx.save_for_backward(inputs, *tensors, *outputs[:4])
+        ctx.save_for_backward(inputs, *tensors, *outputs[1:4])
         return outputs
 
     @staticmethod
     def backward(ctx, *grads):
         inputs, *tensors = ctx.saved_tensors
-        tensors, outputs = tensors[:-4], tensors[-4:]
+        tensors, outputs = tensors[:-3], tensors[-3:]
         if torch.is_grad_enabled():
-            return None, *ops.grads_through(ctx.plan.reference, (inputs, *tensors), grads)
-        again = torch._C._autograd._get_current_graph_task_keep_graph()
-        found = ctx.tape.backward(ctx.needs_input_grad[1], again, outputs, grads)
-        if not again:
+            twin = functools.partial(ops.flat_sequence, **ctx.options)
+            return None, None, *ops.grads_through(twin, (inputs, *tensors), grads)
+        found = ctx.tape.backward(ctx.needs_input_grad[2], outputs, grads)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.tape = None  # as saved tensors are, rather than when the last output goes
-        return None, *found
+        return None, None, *found
 
 
-def run(plan: Plan, inputs: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The whole sequence: inputs (T, B, I) -> features (T, B, hidden + R M), then the final state's tensors.
+def can_serve(inputs: Tensor) -> bool:
+    """Whether nothing is at work that needs the loop in plain PyTorch."""
+    return not (
+        torch.compiler.is_compiling()
+        or ops.transforming()
+        or torch.is_autocast_enabled(inputs.device.type)
+        or inputs.shape[1] == 0
+    )
 
-    ``tensors``: the initial state's (memory, read weights, write weights, reads, the controller's), then the
-    controller's weights layer by layer, then the heads' weight and bias.
-    """
+
+def run(
+    inputs: Tensor,
+    memory: Tensor,
+    read_weights: Tensor,
+    write_weights: Tensor,
+    reads: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    heads_weight: Tensor,
+    heads_bias: Tensor,
+    *,
+    controller: str,
+    **options,
+) -> tuple:
+    """:func:`ops.ntm_sequence`, its arguments checked; ``options`` are those of memory_step."""
+    tensors = memory, read_weights, write_weights, reads, *state, *weights, heads_weight, heads_bias
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (inputs, *tensors)):
-        return _Sequence.apply(plan, inputs, *tensors)
-    return _TAPES[plan.engine](plan, False, inputs, tensors).forward()
+        features, *final = _Sequence.apply(controller, options, inputs, *tensors)
+    else:
+        features, *final = StepTape(controller, options, False, inputs, tensors).forward()
+    return features, *final[:4], tuple(final[4:])

@@ -10,7 +10,9 @@ Shapes: B batch, H heads (R read, W write), N memory locations, M memory width, 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import sys
+from types import ModuleType
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -207,3 +209,167 @@ def gru_gates(input_gates: Tensor, hidden_gates: Tensor, hidden: Tensor) -> Tens
     z = torch.sigmoid(i_z + h_z)
     n = torch.tanh(i_n + torch.sigmoid(i_r + h_r) * h_n)
     return (1 - z) * n + z * hidden
+
+
+def _lstm(kernels: ModuleType, weights: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    weight, bias = torch.cat([weight_ih, weight_hh], 1), bias_ih + bias_hh  # one product a step
+    return lambda x, hidden, cell: kernels.lstm_gates(F.linear(torch.cat([x, hidden], 1), weight, bias), cell)
+
+
+def _gru(kernels: ModuleType, weights: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+
+    def step(x: Tensor, hidden: Tensor) -> tuple[Tensor]:
+        gates = F.linear(x, weight_ih, bias_ih), F.linear(hidden, weight_hh, bias_hh)
+        return (kernels.gru_gates(*gates, hidden),)
+
+    return step
+
+
+def _feedforward(kernels: ModuleType, weights: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    weight, bias = weights
+    return lambda x: (torch.tanh(F.linear(x, weight, bias)),)
+
+
+class ControllerKind(NamedTuple):
+    """What a controller is made of, and how a layer of it goes one step."""
+
+    gates: int  # rows of a weight matrix, in units of the hidden size
+    state: tuple[str, ...]  # the names of its state's tensors, each (layers, B, hidden)
+    weights: tuple[str, ...]  # the names of a layer's weights, as nn.LSTM's
+    layer: Callable  # (kernels, a layer's weights) -> (x (B, inputs), state (B, H) ...) -> hidden state, rest of it
+
+
+_RECURRENT = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+CONTROLLERS = {
+    "lstm": ControllerKind(4, ("hidden", "cell"), _RECURRENT, _lstm),
+    "gru": ControllerKind(3, ("hidden",), _RECURRENT, _gru),  # the reset gate applies after the product
+    "feedforward": ControllerKind(1, (), ("weight_ih", "bias_ih"), _feedforward),
+}
+
+
+def by_layer(weights: Sequence[Tensor], count: int) -> list[tuple[Tensor, ...]]:
+    """The weights of each layer, ``count`` of them, out of those of all."""
+    return [tuple(weights[start : start + count]) for start in range(0, len(weights), count)]
+
+
+def unroll(
+    kernels: ModuleType,
+    inputs: Tensor,
+    memory: Tensor,
+    read_weights: Tensor,
+    write_weights: Tensor,
+    reads: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    heads_weight: Tensor,
+    heads_bias: Tensor,
+    *,
+    controller: str = "lstm",
+    records: list | None = None,
+    **options,
+) -> tuple:
+    """:func:`ntm_sequence` step by step around ``kernels``, which has ``memory_step`` and the gates: :mod:`ops` or
+    this module. ``records`` collects each step's read weights, write weights, reads and raw head parameters.
+    """
+    kind = CONTROLLERS[controller]
+    layers = [kind.layer(kernels, own) for own in by_layer(weights, len(kind.weights))]
+    states = [tuple(tensor[layer] for tensor in state) for layer in range(len(layers))]
+    features = []
+    for x in inputs.unbind(0):
+        hidden = torch.cat([x, reads.flatten(1)], 1)
+        for layer, step in enumerate(layers):
+            hidden, *rest = step(hidden, *states[layer])
+            states[layer] = (hidden, *rest)[: len(state)]
+        params = F.linear(hidden, heads_weight, heads_bias)
+        reads, memory, read_weights, write_weights = kernels.memory_step(
+            memory, read_weights, write_weights, params, **options
+        )
+        features += (hidden, reads.flatten(1))
+        if records is not None:
+            records.append((read_weights, write_weights, reads, params))
+    # (B, T (H + R M)), then time first: one copy instead of one per step
+    width = hidden.shape[1] + reads.shape[1] * reads.shape[2]
+    stacked = torch.cat(features, 1).view(inputs.shape[1], inputs.shape[0], width).transpose(0, 1)
+    return stacked, memory, read_weights, write_weights, reads, tuple(torch.stack(tensors) for tensors in zip(*states))
+
+
+def ntm_sequence(
+    inputs: Tensor,
+    memory: Tensor,
+    read_weights: Tensor,
+    write_weights: Tensor,
+    reads: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    heads_weight: Tensor,
+    heads_bias: Tensor,
+    *,
+    controller: str = "lstm",
+    shift_range: int,
+    read_first: bool = False,
+    key_activation: str = "tanh",
+    add_activation: str = "tanh",
+    clip: float | None = 20.0,
+    eps: float = 1e-8,
+    memory_checkpoint: str | int = "auto",
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """A whole sequence: controller, heads and memory through all T steps.
+
+    ::
+
+        h_t = controller([x_t, r_{t-1}])        params_t = W_heads h_t + b_heads
+        r_t, memory and weights = memory_step(memory, weights, params_t)
+
+    Args:
+        inputs: (T, B, I), T at least 1.
+        memory, read_weights, write_weights, reads: the state before the first step, (B, N, M), (B, R, N), (B, W, N)
+            and (B, R, M).
+        state: the controller's, L layers of H units: (hidden, cell) for an LSTM, (hidden,) for a GRU, () for
+            feedforward; each (L, B, H).
+        weights: layer by layer, as ``nn.LSTM`` and ``nn.GRU`` have them, weight_ih (G, I + R M) or, above the first
+            layer, (G, H); weight_hh (G, H); bias_ih and bias_hh (G,). G is 4H for an LSTM, 3H for a GRU; feedforward
+            layers of tanh units, G = H, have weight_ih and bias_ih alone.
+        heads_weight, heads_bias: (P, H) and (P,), where P is :func:`params_size`.
+        controller: ``"lstm"``, ``"gru"`` or ``"feedforward"``.
+        shift_range, read_first, key_activation, add_activation, clip, eps: as in :func:`memory_step`.
+        memory_checkpoint: which memories the native backward keeps: ``"all"``, those of every K-th step for a number
+            K, or ``"auto"``, chosen by size. It changes no answer.
+        lengths: reserved for sequences of different lengths in a batch.
+
+    Returns:
+        features (T, B, H + R M), the last layer's h_t and r_t, of which outputs are a linear function; then the final
+        memory, read_weights, write_weights, reads and controller's state, a tuple.
+
+    Raises:
+        NotImplementedError: ``lengths`` is not None.
+        TypeError, ValueError: from :mod:`ops`, naming the argument whose type, shape, dtype or device is wrong.
+    """
+    check_lengths(lengths)
+    return unroll(
+        sys.modules[__name__],
+        inputs,
+        memory,
+        read_weights,
+        write_weights,
+        reads,
+        state,
+        weights,
+        heads_weight,
+        heads_bias,
+        controller=controller,
+        shift_range=shift_range,
+        read_first=read_first,
+        key_activation=key_activation,
+        add_activation=add_activation,
+        clip=clip,
+        eps=eps,
+    )
+
+
+def check_lengths(lengths: Tensor | None) -> None:
+    """Raises NotImplementedError unless None."""
+    if lengths is not None:
+        raise NotImplementedError("lengths: sequences of different lengths in a batch are not supported yet")

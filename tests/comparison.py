@@ -55,7 +55,7 @@ class _Recorder:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._binding, name)
-        if name.removesuffix("_backward") not in (*OPERATORS, "sequence"):
+        if name.removesuffix("_backward") not in (*OPERATORS, "ntm_sequence"):
             return function
 
         def call(backend: int, *args: Any) -> None:

@@ -225,7 +225,7 @@ def test_engines_over_few_steps(backend, engine: str, controller: str, steps: in
     ("engine", "name"),
     [
         *(("step", name) for name in ("memory_step", "memory_step_backward", "lstm_gates", "lstm_gates_backward")),
-        *(("sequence", name) for name in ("sequence", "sequence_backward")),
+        *(("sequence", name) for name in ("ntm_sequence", "ntm_sequence_backward")),
     ],
 )
 def test_planted_faults_in_the_engines_are_found(backend, monkeypatch, engine: str, name: str) -> None:
@@ -237,7 +237,7 @@ def test_planted_faults_in_the_engines_are_found(backend, monkeypatch, engine: s
         right(called, like, *values)
         if called == name:  # the first number of an output, by a millionth
             number = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}[like.dtype]
-            number.from_address(values[-4 if called == "sequence" else -1]).value *= 1 + 1e-6
+            number.from_address(values[-4 if called == "ntm_sequence" else -1]).value *= 1 + 1e-6
 
     monkeypatch.setattr(_native, "call", wrong)
     with pytest.raises(AssertionError):
@@ -428,8 +428,9 @@ def test_auto_takes_the_fastest_engine_that_serves(backend, controller: str) -> 
     auto = make(engine="auto", dtype=torch.float32, controller=controller)
     sequence = backend.device == "cpu" and controller != "feedforward"
     gates = [] if controller == "feedforward" else [f"{controller}_gates"]
-    forward = ["sequence"] if sequence else [*gates, "memory_step"] * 2
-    backward = ["sequence_backward"] if sequence else ["memory_step_backward", *(f"{g}_backward" for g in gates)] * 2
+    forward = ["ntm_sequence"] if sequence else [*gates, "memory_step"] * 2
+    backward = ["memory_step_backward", *(f"{g}_backward" for g in gates)] * 2
+    backward = ["ntm_sequence_backward"] if sequence else backward
     with backend.serves(*forward), torch.no_grad():
         auto(inputs)
     with backend.serves(*forward, *backward):
@@ -644,11 +645,15 @@ def test_controller_weights_are_nn_lstms_and_nn_grus(name: str, layers: int) -> 
         state = tuple(some(layers, 2, 5, seed=9 + i) for i in range(len(ntm.controller.state_names)))
         inputs = some(6, 2, 7)
         expected, expected_state = rnn(inputs, state if name == "lstm" else state[0])
-        step, layer_states = ntm.controller.bind(ntm.controller.weights(), module), ntm.controller.unpack(state)
+        kind = reference.CONTROLLERS[name]
+        steps = [kind.layer(module, own) for own in reference.by_layer(ntm.controller.weights(), 4)]
+        layer_states = [[x[layer] for x in state] for layer in range(layers)]
         for x, want in zip(inputs, expected):
-            hidden, layer_states = step(x, layer_states)
-            torch.testing.assert_close(hidden, want, **CLOSE)
-        final = ntm.controller.pack(layer_states)
+            for layer, step in enumerate(steps):
+                layer_states[layer] = step(x, *layer_states[layer])
+                x = layer_states[layer][0]
+            torch.testing.assert_close(x, want, **CLOSE)
+        final = tuple(torch.stack(x) for x in zip(*layer_states))
         torch.testing.assert_close(final, expected_state if name == "lstm" else (expected_state,), **CLOSE)
     learned = {
         n: x for n, x in make(controller=name, num_layers=layers).controller.state_dict().items() if "initial" not in n

@@ -19,7 +19,7 @@ import torch.utils.deterministic
 from comparison import Backend, sweep
 from torch import Tensor
 
-from ntm_fast import FastNTM, NTMState, _native, sequence
+from ntm_fast import FastNTM, NTMState, _native, ops, reference, sequence
 from ntm_fast.modules import MEMORY_INITS
 
 
@@ -153,7 +153,7 @@ def nudged(case: Case, seed: int) -> FastNTM:
 
 
 class Poison:
-    """Stands in for ``SequenceTape._empty``: what it returns is full of NaN, between guards that nobody may touch."""
+    """Stands in for ``sequence._empty``: what it returns is full of NaN, between guards that nobody may touch."""
 
     GUARD, SENTINEL = 64, 777.0
 
@@ -161,9 +161,9 @@ class Poison:
         self.blocks: list[Tensor] = []
         self.results: list[Tensor] = []
 
-    def empty(self, tape: sequence.SequenceTape, *shape: int) -> Tensor:
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
         count = torch.Size(shape).numel()
-        block = tape.inputs.new_full((count + 2 * self.GUARD,), self.SENTINEL)
+        block = like.new_full((count + 2 * self.GUARD,), self.SENTINEL)
         block[self.GUARD : self.GUARD + count] = torch.nan
         self.blocks.append(block)
         self.results.append(block[self.GUARD : self.GUARD + count].view(shape))
@@ -181,9 +181,9 @@ class Poison:
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fresh memory is full of NaN, of SequenceTape between guards besides."""
+    """Fresh memory is full of NaN, of the sequence's kernels between guards besides."""
     poison = Poison()
-    monkeypatch.setattr(sequence.SequenceTape, "_empty", lambda tape, *shape: poison.empty(tape, *shape))
+    monkeypatch.setattr(sequence, "_empty", poison.empty)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield poison
@@ -192,7 +192,7 @@ def poison(monkeypatch):
 
 def check(case: Case, kernels: Backend, poison: Poison) -> None:
     try:
-        with kernels.serves("sequence", "sequence_backward"):
+        with kernels.serves("ntm_sequence", "ntm_sequence_backward"):
             actual = train(case, "sequence")
         poison.check()
         truth = train(case, "reference", torch.float64)
@@ -344,7 +344,7 @@ def test_gradcheck(backend: Backend, controller: str, change: dict) -> None:
         outputs, final = torch.func.functional_call(ntm, dict(zip(names, rest)), (inputs, start))
         return outputs, *named(final).values()
 
-    with backend.serves("sequence"):
+    with backend.serves("ntm_sequence"):
         run(case.inputs(), *state, *parameters)
     assert torch.autograd.gradcheck(run, (case.inputs().requires_grad_(), *state, *parameters))
 
@@ -556,28 +556,30 @@ def test_changing_what_was_returned_is_noticed_or_harmless(backend: Backend, wha
 @pytest.mark.parametrize("controller", ("lstm", "gru"))
 def test_nothing_outlives_its_use(backend: Backend, monkeypatch, controller: str, backwards: int) -> None:
     """What was kept goes with backward; without one, with the outputs; without the collector's help either way."""
-    tapes = []
-    right = sequence.SequenceTape.__init__
+    trails = []
+    right = sequence.allocate
 
-    def noting(tape, *args) -> None:
-        tapes.append(weakref.ref(tape))
-        right(tape, *args)
+    def noting(*args) -> tuple:
+        *others, trail = right(*args)
+        trails.append([weakref.ref(tensor) for tensor in trail])
+        return *others, trail
 
-    monkeypatch.setattr(sequence.SequenceTape, "__init__", noting)
+    alive = lambda index: sum(tensor() is not None for tensor in trails[index])  # noqa: E731
+    monkeypatch.setattr(sequence, "allocate", noting)
     case = Case(controller)
     ntm = case.module("sequence")
     gc.disable()
     try:
         outputs, final = ntm(case.inputs(), case.state())
-        assert tapes[0]() is not None
+        assert alive(0) == len(sequence.Trail._fields)
         if backwards:
             outputs.sum().backward()
         else:
             del outputs, final
-        assert tapes[0]() is None
+        assert not alive(0)
         with torch.no_grad():
             outputs, final = ntm(case.inputs(), case.state())
-        assert tapes[1]() is None
+        assert not alive(1)
     finally:
         gc.enable()
 
@@ -593,6 +595,173 @@ def test_under_torch_checkpoint(backend: Backend) -> None:
         (middle.square().sum() + outputs.square().sum()).backward()
         found.append([inputs.grad, *(p.grad for p in ntm.parameters())])
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
+# --- the operator -----------------------------------------------------------------------------------------------------
+
+
+def arguments(case: Case) -> tuple[list, dict[str, Any]]:
+    """What ops.ntm_sequence is called with."""
+    ntm = case.module("reference").requires_grad_(False)
+    options = {**ntm._options(), "controller": case.controller, "memory_checkpoint": case.checkpoint}
+    return [case.inputs(), *case.state(), ntm.controller.weights(), ntm.heads.weight, ntm.heads.bias], options
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(values) if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("controller", ("lstm", "gru", "feedforward"))
+def test_operator_and_twin_agree(backend: Backend, controller: str) -> None:
+    """Called as one calls it, values and gradients; feedforward by way of the reference."""
+    case = Case(controller if controller != "feedforward" else "gru", layers=2, R=2)
+    values, options = arguments(case)
+    if controller == "feedforward":
+        values[5], values[6] = (), [w for w in values[6] if len(w) == 3 * case.hidden]
+        values[6] = [w[: case.hidden] for w in (values[6][0], values[6][2], values[6][4], values[6][6])]
+        options["controller"] = "feedforward"
+    found = []
+    for module in (reference, ops):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors_of(values)]
+        shaped = torch.utils._pytree.tree_unflatten(leaves, torch.utils._pytree.tree_structure(values))
+        called = () if module is reference or controller == "feedforward" else ("ntm_sequence", "ntm_sequence_backward")
+        with backend.serves(*called):
+            features, *final = module.ntm_sequence(*shaped, **options, lengths=None)
+            assert isinstance(final[4], tuple) and len(final[4]) == len(values[5])
+            loss = features.square().sum() + sum(x.cos().sum() for x in tensors_of(final))
+            found.append([features, *tensors_of(final), *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("change", [{}, {"layers": 2, "checkpoint": 2}, {"controller": "gru", "layers": 2}], ids=str)
+def test_opcheck(backend: Backend, change: dict) -> None:
+    """Schema, fake and functionalisation, of the operator and of its backward."""
+    case = Case(**{**dict(T=3, B=2, hidden=4, N=5, M=3, R=2), **change}, dtype=torch.float32)
+    values, options = arguments(case)
+    options |= {"eps": 1e-8, "memory_checkpoint": 0 if case.checkpoint == "auto" else case.checkpoint}
+    schema = torch.ops.ntm_fast.ntm_sequence.default._schema.arguments
+    positional = [options[argument.name] for argument in schema if argument.name in options]
+    for keep in (True, False):
+        torch.library.opcheck(torch.ops.ntm_fast.ntm_sequence.default, (*values, *positional, keep))
+    features, memory, *others, state, trail = torch.ops.ntm_fast.ntm_sequence(*values, *positional, True)
+    grads = [torch.randn_like(x) for x in (features, memory, *others)], [torch.randn_like(x) for x in state]
+    given = (*values, features, memory, trail, *grads[0], grads[1])
+    for needs_inputs in (True, False):
+        backward = torch.ops.ntm_fast.ntm_sequence_backward.default
+        torch.library.opcheck(backward, (*given, *positional, needs_inputs))
+
+
+def compiled_agrees(backend: Backend, controller: str, compiler: str) -> None:
+    torch._dynamo.reset()
+    ntm = Case(controller, dtype=torch.float32, memory_init="learned").module("auto")
+    compiled = torch.compile(ntm, backend=compiler, fullgraph=True)
+    for T, B in ((4, 2), (4, 2), (6, 3)):  # the last one compiles again, for sizes that may change
+        inputs = torch.randn(T, B, 3)
+        results = []
+        for module in (ntm, compiled):
+            ntm.zero_grad()
+            with backend.serves("ntm_sequence", "ntm_sequence_backward"):
+                outputs, state = module(inputs)
+                (outputs.square().sum() + state.memory.sum() + state.controller[0].sum()).backward()
+            with backend.serves("ntm_sequence"), torch.no_grad():
+                again, _ = module(inputs, state.detach())
+            results.append([outputs.detach(), again, *(p.grad.clone() for p in ntm.parameters())])
+        # The same kernels; what is between them may be fused and reordered.
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("controller", ("lstm", "gru"))
+def test_compiled_machines_use_the_operator(backend: Backend, controller: str) -> None:
+    """Under fullgraph: one native call for all steps forward, one backward."""
+    compiled_agrees(backend, controller, "aot_eager")
+
+
+@pytest.mark.slow
+def test_compile_inductor(backend: Backend) -> None:
+    compiled_agrees(backend, "lstm", "inductor")
+
+
+def test_modes_see_the_operator(backend: Backend) -> None:
+    """Whoever intercepts operators (fakes, tracers, counters) meets it in eager mode too, with the same answers."""
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    case = Case()
+    want = train(case, "sequence")
+    with Watch():
+        found = train(case, "sequence")
+    assert_same_bits(found, want, "watched")
+    ours = [name.removeprefix("ntm_fast::") for name in seen if name.startswith("ntm_fast::")]
+    assert ours == ["ntm_sequence", "ntm_sequence_backward"]
+
+
+@pytest.mark.parametrize("low", (torch.bfloat16, torch.float16), ids=str)
+def test_autocast_takes_all_to_float32(backend: Backend, low: torch.dtype) -> None:
+    ntm = Case(dtype=torch.float32).module("sequence")
+    inputs = Case(dtype=torch.float32).inputs().to(low).requires_grad_()
+    with torch.autocast(backend.device, dtype=low), backend.serves("ntm_sequence"):
+        outputs, state = ntm(inputs)
+    with torch.no_grad():
+        expected, expected_state = ntm(inputs.float())
+    assert outputs.dtype is low and all(x.dtype is torch.float32 for x in named(state).values())
+    assert_same_bits(named(state.detach()), named(expected_state), low)
+    torch.testing.assert_close(outputs.float(), expected, rtol=0.05, atol=0.05)
+    outputs.float().square().sum().backward()
+    assert inputs.grad.dtype is low and all(p.grad.isfinite().all() for p in ntm.parameters() if p.grad is not None)
+
+
+def test_bad_arguments_are_named() -> None:
+    """Each tensor in turn: the message names it and what it was; nothing is computed."""
+    case = Case(layers=2, R=2, B=2)
+    names = ["inputs", "memory", "read_weights", "write_weights", "reads", "state[0]", "state[1]"]
+    names += [f"weights[{index}]" for index in range(8)] + ["heads_weight", "heads_bias"]
+    for index, name in enumerate(names):
+        for error, change, expected in (
+            (TypeError, lambda x: x.tolist(), "list"),
+            (ValueError, lambda x: x.unsqueeze(0), "dimensions"),
+            (ValueError, lambda x: x[..., 0], None),
+            (ValueError, lambda x: torch.cat([x, x[..., :1]], -1), None),
+            (ValueError, lambda x: x[..., :0], None),
+            (TypeError, lambda x: x.float() if name != "inputs" else x.int(), "float32" if index else "int32"),  # noqa: B023
+            (ValueError, lambda x: x.to("meta"), "meta"),
+        ):
+            values, options = arguments(case)
+            flat, shape = torch.utils._pytree.tree_flatten(values)
+            flat[index] = change(flat[index])
+            first, state, weights, last = flat[:5], flat[5:7], flat[7:15], flat[15:]
+            with Backend("none", "cpu").serves(), pytest.raises(error) as caught:
+                ops.ntm_sequence(*first, state, weights, *last, **options)
+            text = str(caught.value)
+            assert "ntm_sequence" in text and any(n in text for n in names), text
+            assert expected is None or expected in text, text
+    for change, words in (
+        ({"controller": "rnn"}, ("controller", "'rnn'", "'lstm'", "'gru'")),
+        ({"controller": "gru"}, ("state", "1 tensors", "'gru'", "got 2")),
+        ({"controller": "feedforward"}, ("state", "0 tensors", "got 2")),
+        ({"memory_checkpoint": 0}, ("memory_checkpoint", "0")),
+        ({"memory_checkpoint": "some"}, ("memory_checkpoint", "'some'")),
+        ({"shift_range": -1}, ("shift_range", "-1")),
+        ({"shift_range": 2}, ("heads_weight", "P =")),
+        ({"key_activation": "relu"}, ("key_activation", "'relu'")),
+        ({"clip": 0.0}, ("clip", "0.0")),
+        ({"eps": 0.0}, ("eps", "0.0")),
+    ):
+        values, options = arguments(case)
+        with Backend("none", "cpu").serves(), pytest.raises(ValueError) as caught:
+            ops.ntm_sequence(*values, **{**options, **change})
+        assert all(word in str(caught.value) for word in ("ntm_sequence", *words)), caught.value
+    values, options = arguments(case)
+    for wrong in (values[6][:-1], []):
+        with pytest.raises(ValueError, match=f"weights must be 4 tensors for each layer.*got {len(wrong)}"):
+            ops.ntm_sequence(*values[:6], wrong, *values[7:], **options)
+    for module in (ops, reference):
+        with pytest.raises(NotImplementedError, match="lengths"):
+            module.ntm_sequence(*values, **options, lengths=torch.tensor([1, 2]))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -701,26 +870,26 @@ def _put(index: int, value: Any) -> Callable:
 # 2S+1), every, the step's options, then (forward) keep, and tensors.
 EVERY = 11
 BEFORE_CALL = {
-    "a wrong every": ("sequence_backward", _put(EVERY, 3)),
-    "memories kept at other steps": ("sequence", _put(EVERY, 3)),
-    "an LSTM's hidden state for its cell": ("sequence_backward", _swap(-22, -21)),
-    "the first memory for the last": ("sequence_backward", lambda values: _put(-20, values[-25])(values)),
-    "read for write weights": ("sequence_backward", _swap(-13, -12)),
-    "gradients of read and write weights": ("sequence_backward", _swap(-8, -7)),
-    "read for write weights, initially": ("sequence_backward", _swap(-24, -23)),
-    "state in: read for write weights": ("sequence", _swap(-14, -13)),
-    "state in: hidden for cell": ("sequence", _swap(-11, -10)),
+    "a wrong every": ("ntm_sequence_backward", _put(EVERY, 3)),
+    "memories kept at other steps": ("ntm_sequence", _put(EVERY, 3)),
+    "an LSTM's hidden state for its cell": ("ntm_sequence_backward", _swap(-28, -27)),
+    "the first memory for the last": ("ntm_sequence_backward", lambda values: _put(-26, values[-32])(values)),
+    "read for write weights": ("ntm_sequence_backward", _swap(-19, -18)),
+    "gradients of read and write weights": ("ntm_sequence_backward", _swap(-8, -7)),
+    "read for write weights, initially": ("ntm_sequence_backward", _swap(-31, -30)),
+    "state in: read for write weights": ("ntm_sequence", _swap(-20, -19)),
+    "state in: hidden for cell": ("ntm_sequence", _swap(-17, -16)),
 }
 AFTER_CALL = {  # one number, by a thousandth
-    "grad_params": ("sequence_backward", -1),
-    "grad_x": ("sequence_backward", -3),
-    "grad of the initial cell": ("sequence_backward", -4),
-    "grad of the initial hidden state": ("sequence_backward", -5),
-    "grad of the initial reads": ("sequence_backward", -6),
-    "grad of the initial memory": ("sequence_backward", -9),
-    "a feature": ("sequence", -4),
-    "the final memory": ("sequence", -15),
-    "a cell": ("sequence", -6),
+    "grad_params": ("ntm_sequence_backward", -1),
+    "grad_x": ("ntm_sequence_backward", -3),
+    "grad of the initial cell": ("ntm_sequence_backward", -4),
+    "grad of the initial hidden state": ("ntm_sequence_backward", -5),
+    "grad of the initial reads": ("ntm_sequence_backward", -6),
+    "grad of the initial memory": ("ntm_sequence_backward", -9),
+    "a feature": ("ntm_sequence", -4),
+    "the final memory": ("ntm_sequence", -15),
+    "a cell": ("ntm_sequence", -6),
 }
 
 

@@ -53,6 +53,24 @@ struct SequenceState {
     T* cell;           // [L, B, H]; LSTM
 };
 
+// The elements' whole state, from one to another.
+template <class Team, class T>
+NTM_FN void copy_state(const Team& team, const SequenceSizes& s, Size first, Size E,
+                       const SequenceState<const T>& from, const SequenceState<T>& to) {
+    auto part = [&](Size size, const T* source, T* target) NTM_INLINE {
+        copy(team, E * size, source + first * size, target + first * size);
+    };
+    part(s.memory(), from.memory, to.memory);
+    part(s.step.R * s.step.N, from.read_weights, to.read_weights);
+    part(s.step.W * s.step.N, from.write_weights, to.write_weights);
+    part(s.read_size(), from.reads, to.reads);
+    for (Size l = 0; l < s.L; ++l) {
+        part(s.H, from.hidden + l * s.B * s.H, to.hidden + l * s.B * s.H);
+        if (!s.gru) part(s.H, from.cell + l * s.B * s.H, to.cell + l * s.B * s.H);
+    }
+    team.sync();
+}
+
 // Where an element's piece of a [L, slots, B, size] array lies.
 template <class T>
 NTM_FN T* at(T* array, Size slots, Size B, Size size, Size layer, Size slot, Size b) {
@@ -83,16 +101,17 @@ constexpr Size sequence_scratch(const SequenceSizes& s, Size E) {
     return s.step.forward_scratch() + E * s.widest() + 32;
 }
 
-// Elements first .. first + E - 1 through all steps. state comes in as the initial one and goes out as the final one.
+// Elements first .. first + E - 1 through all steps, from the initial state to the final one, state.
 template <class Team, class T = typename Team::Real>
 NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Size E, bool keep,
-                     const SequenceWeights<T>& w, const SequenceState<T>& state, const SequenceTrail<T>& trail,
-                     T* scratch /*of sequence_scratch*/) {
+                     const SequenceWeights<T>& w, const SequenceState<const T>& initial, const SequenceState<T>& state,
+                     const SequenceTrail<T>& trail, T* scratch /*of sequence_scratch*/) {
     Arena<T> arena{scratch};
     T *inner = arena.take(s.step.forward_scratch()), *joined = arena.take(E * s.widest());
     const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
     const Size RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
     const Size slots = keep ? s.T : 1;
+    copy_state(team, s, first, E, initial, state);
     for (Size t = 0; t < s.T; ++t) {
         const Size slot = keep ? t : 0;
         if (keep && t && t % s.every == 0)
@@ -160,19 +179,21 @@ constexpr Size sequence_backward_scratch(const SequenceSizes& s, Size E) {
 }
 
 // initial: the state before the first step, whose reads are not needed. out.x and out.y may be trail.x and trail.y.
-// grad comes in as the gradient of the final state and goes out as that of the initial one. Memories between the kept
-// ones are written again, from the kept weights, a segment at a time.
+// grad_final is the gradient of the final state, grad becomes that of the initial one. Memories between the kept ones
+// are written again, from the kept weights, a segment at a time.
 template <class Team, class T = typename Team::Real>
 NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Size E,
                               const SequenceWeights<T>& w, const SequenceState<const T>& initial,
                               const T* final_memory /*[B, M, N]*/, const SequenceTrail<const T>& trail,
-                              const T* grad_features /*[T, B, H + R M]*/, const SequenceState<T>& grad,
-                              const SequenceGrads<T>& out, T* scratch) {
+                              const T* grad_features /*[T, B, H + R M]*/, const SequenceState<const T>& grad_final,
+                              const SequenceState<T>& grad, const SequenceGrads<T>& out, T* scratch) {
     const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
     const Size RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
     Arena<T> arena{scratch};
     T *inner = arena.take(s.step.backward_scratch()), *dh = arena.take(E * H), *next = arena.take(E * H);
     T *joined = arena.take(E * s.widest()), *dr = arena.take(F), *segment = arena.next;
+
+    copy_state(team, s, first, E, grad_final, grad);
 
     // The memory before step t
     auto memory_before = [&](Size t, Size segment_begin, Size e) -> const T* {

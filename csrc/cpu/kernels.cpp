@@ -113,38 +113,25 @@ Error sequence_tiles(const SequenceSizes& s, Size scratch, const Launch& launch,
 }
 
 template <class T>
-Error sequence(Launch launch, SequenceSizes s, StepOptions o, int keep, const T* weights, T* memory, T* read_weights,
-               T* write_weights, T* reads, T* hidden, T* cell, T* x, T* y, T* lower_hidden, T* all_cell, T* params,
-               T* features, T* all_read_weights, T* all_write_weights, T* all_memory) {
+Error ntm_sequence(Launch launch, SequenceSizes s, StepOptions o, int keep, const T* weights,
+                   SequenceState<const T> initial, SequenceState<T> final, SequenceTrail<T> trail) {
     const PackedSequence<T> packed(s, weights, false);
-    const SequenceState<T> state = {memory, read_weights, write_weights, reads, hidden, cell};
-    const SequenceTrail<T> trail = {x,        y,                lower_hidden,      all_cell,  params,
-                                    features, all_read_weights, all_write_weights, all_memory};
     const Size scratch_size = sequence_scratch(s, std::min(s.B, sequence_tile));
     return sequence_tiles<T>(s, scratch_size, launch, [&](auto team, Size first, Size count, T* scratch) {
-        ntm::sequence(team, s, o, first, count, keep != 0, packed.weights, state, trail, scratch);
+        sequence(team, s, o, first, count, keep != 0, packed.weights, initial, final, trail, scratch);
     });
 }
 
 template <class T>
-Error sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const T* weights, const T* memory,
-                        const T* read_weights, const T* write_weights, const T* hidden, const T* cell, const T* final_memory, const T* x,
-                        const T* y, const T* lower_hidden, const T* all_cell, const T* params, const T* features,
-                        const T* all_read_weights, const T* all_write_weights, const T* all_memory,
-                        const T* grad_features, T* grad_memory, T* grad_read_weights,
-                        T* grad_write_weights, T* grad_state_reads, T* grad_state_hidden, T* grad_state_cell,
-                        T* grad_x, T* grad_y, T* grad_params) {
+Error ntm_sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const T* weights,
+                            SequenceState<const T> initial, const T* final_memory, SequenceTrail<const T> trail,
+                            const T* grad_features, SequenceState<const T> grad_final, SequenceState<T> grad,
+                            SequenceGrads<T> out) {
     const PackedSequence<T> packed(s, weights, true);
-    const SequenceState<const T> initial = {memory, read_weights, write_weights, nullptr, hidden, cell};
-    const SequenceTrail<const T> trail = {x,        y,                lower_hidden,      all_cell,  params,
-                                          features, all_read_weights, all_write_weights, all_memory};
-    const SequenceState<T> grad = {grad_memory,      grad_read_weights, grad_write_weights,
-                                   grad_state_reads, grad_state_hidden, grad_state_cell};
-    const SequenceGrads<T> out = {grad_x, grad_y, grad_params};
     const Size scratch_size = sequence_backward_scratch(s, std::min(s.B, sequence_tile));
     return sequence_tiles<T>(s, scratch_size, launch, [&](auto team, Size first, Size count, T* scratch) {
-        ntm::sequence_backward(team, s, o, first, count, packed.weights, initial, final_memory, trail,
-                               grad_features, grad, out, scratch);
+        sequence_backward(team, s, o, first, count, packed.weights, initial, final_memory, trail, grad_features,
+                          grad_final, grad, out, scratch);
     });
 }
 
@@ -171,8 +158,8 @@ Operators<T> operators() {
     serve<LSTMGatesBackward<T>, OnThreads>(table.lstm_gates_backward);
     serve<GRUGates<T>, OnThreads>(table.gru_gates);
     serve<GRUGatesBackward<T>, OnThreads>(table.gru_gates_backward);
-    table.sequence = sequence<T>;
-    table.sequence_backward = sequence_backward<T>;
+    table.ntm_sequence = ntm_sequence<T>;
+    table.ntm_sequence_backward = ntm_sequence_backward<T>;
     return table;
 }
 
