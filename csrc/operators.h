@@ -33,19 +33,19 @@ struct Operators {
                                 const T* memory,        // [B, M, N]
                                 const T* key,           // [B, H, M]
                                 const T* beta,          // [B, H]
-                                T* content);             // [B, H, N]
+                                T* content);            // [B, H, N]
     Error (*content_addressing_backward)(Launch, Size B, Size H, Size N, Size M, double eps,
                                          const T* memory, const T* key, const T* beta,
                                          const T* content,        // [B, H, N]  the forward's output
                                          const T* grad_content,   // [B, H, N]
                                          T* grad_memory,          // [B, M, N]
                                          T* grad_key,             // [B, H, M]
-                                         T* grad_beta);            // [B, H]
+                                         T* grad_beta);           // [B, H]
     Error (*interpolate)(Launch, Size B, Size H, Size N,
                          const T* content,   // [B, H, N]
                          const T* previous,  // [B, H, N]
                          const T* gate,      // [B, H]
-                         T* gated);           // [B, H, N]
+                         T* gated);          // [B, H, N]
     Error (*interpolate_backward)(Launch, Size B, Size H, Size N,
                                   const T* content, const T* previous, const T* gate,
                                   const T* grad_gated,  // [B, H, N]
@@ -53,7 +53,7 @@ struct Operators {
     Error (*circular_shift)(Launch, Size B, Size H, Size N, Size K,
                             const T* weights,  // [B, H, N]
                             const T* shift,    // [B, H, K]
-                            T* shifted);        // [B, H, N]
+                            T* shifted);       // [B, H, N]
     Error (*circular_shift_backward)(Launch, Size B, Size H, Size N, Size K,
                                      const T* weights, const T* shift,
                                      const T* grad_shifted,  // [B, H, N]
@@ -61,7 +61,7 @@ struct Operators {
     Error (*sharpen)(Launch, Size B, Size H, Size N,
                      const T* weights,  // [B, H, N]
                      const T* gamma,    // [B, H]
-                     T* sharpened);      // [B, H, N]
+                     T* sharpened);     // [B, H, N]
     Error (*sharpen_backward)(Launch, Size B, Size H, Size N,
                               const T* weights, const T* gamma,
                               const T* sharpened,       // [B, H, N]  the forward's output
@@ -83,7 +83,7 @@ struct Operators {
                              const T* weights,  // [B, H, N]
                              const T* erase,    // [B, H, M]
                              const T* add,      // [B, H, M]
-                             T* written);        // [B, M, N]
+                             T* written);       // [B, M, N]
     Error (*erase_add_write_backward)(Launch, Size B, Size H, Size N, Size M,
                                       const T* memory, const T* weights, const T* erase, const T* add,
                                       const T* grad_written,  // [B, M, N]
@@ -91,7 +91,7 @@ struct Operators {
     Error (*read)(Launch, Size B, Size H, Size N, Size M,
                   const T* memory,   // [B, M, N]
                   const T* weights,  // [B, H, N]
-                  T* reads);          // [B, H, M]
+                  T* reads);         // [B, H, M]
     Error (*read_backward)(Launch, Size B, Size H, Size N, Size M,
                            const T* memory, const T* weights,
                            const T* grad_reads,  // [B, H, M]
@@ -104,7 +104,7 @@ struct Operators {
                          T* reads,                // [B, R, M]
                          T* new_memory,           // [B, M, N]  M_t
                          T* new_read_weights,     // [B, R, N]
-                         T* new_write_weights);    // [B, W, N]
+                         T* new_write_weights);   // [B, W, N]
     Error (*memory_step_backward)(Launch, StepSizes, StepOptions,
                                   const T* memory, const T* read_weights, const T* write_weights, const T* params,
                                   const T* new_memory, const T* new_read_weights, const T* new_write_weights,
@@ -116,7 +116,7 @@ struct Operators {
                         const T* gates,  // [B, 4H]  i, f, g, o, as in nn.LSTM
                         const T* cell,   // [B, H]
                         T* hidden,       // [B, H]
-                        T* new_cell);     // [B, H]
+                        T* new_cell);    // [B, H]
     Error (*lstm_gates_backward)(Launch, Size B, Size H,
                                  const T* gates, const T* cell, const T* new_cell,
                                  const T* grad_hidden, const T* grad_new_cell,
@@ -125,7 +125,7 @@ struct Operators {
                        const T* input_gates,   // [B, 3H]  r, z, n, as in nn.GRU
                        const T* hidden_gates,  // [B, 3H]
                        const T* hidden,        // [B, H]
-                       T* new_hidden);          // [B, H]
+                       T* new_hidden);         // [B, H]
     Error (*gru_gates_backward)(Launch, Size B, Size H,
                                 const T* input_gates, const T* hidden_gates, const T* hidden,
                                 const T* grad_new_hidden,  // [B, H]

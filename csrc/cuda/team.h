@@ -227,10 +227,12 @@ struct Team {
 
     template <class F>
     NTM_FN void tiles(Index n, F&& f) const {
+        NTM_ROLLED  // seldom more than one turn: unrolled, it would cost registers and code for nothing
         for (Index i = self().rank(); i < n; i += W * self().size()) f(Tile<T, W>{i, n, self().size()});
     }
     template <class F>
     NTM_FN void each(Index n, F&& f) const {
+        NTM_ROLLED
         for (Index i = self().rank(); i < n; i += self().size()) f(i);
     }
     template <class F>
