@@ -37,7 +37,7 @@ inline void pack(Size K, Size C, const T* weight, Size stride_k, Size stride_c, 
 
 // R rows by Q panels
 template <int R, int Q, class T>
-NTM_FN void product_block(Size K, Size C, Size begin, const T* in, const T* packed, T* out) {
+NTM_FN void product_block(Size K, Size C, Index begin, const T* in, const T* packed, T* out) {
     using V = Vector<T, lanes<T>>;
     constexpr int width = panel_width<T>;
     V sums[R][2 * Q] = {};
@@ -54,7 +54,7 @@ NTM_FN void product_block(Size K, Size C, Size begin, const T* in, const T* pack
     }
     unroll<R>([&](auto r) NTM_INLINE {
         unroll<2 * Q>([&](auto q) NTM_INLINE {
-            const Size c = begin + q * lanes<T>;
+            const Index c = begin + q * lanes<T>;
             T* row = out + r * C;
             if (c + lanes<T> <= C) {
                 const FullTile<T> tile{c};
@@ -73,9 +73,9 @@ inline void product(Size E, Size K, Size C, const T* in, const T* packed, T* out
     constexpr int width = panel_width<T>;
     Size e = 0;
     for (; e + 4 <= E; e += 4)
-        for (Size c = 0; c < C; c += width) product_block<4, 1>(K, C, c, in + e * K, packed, out + e * C);
+        for (Index c = 0; c < C; c += width) product_block<4, 1>(K, C, c, in + e * K, packed, out + e * C);
     for (; e < E; ++e) {  // one row: several panels at once, or each sum would wait for the one before it
-        Size c = 0;
+        Index c = 0;
         for (; c + 4 * width <= C + width - 1; c += 4 * width)
             product_block<1, 4>(K, C, c, in + e * K, packed, out + e * C);
         for (; c < C; c += width) product_block<1, 1>(K, C, c, in + e * K, packed, out + e * C);
