@@ -292,7 +292,9 @@ private:
     template <int Count, class F>
     NTM_FN void chunks_apart(Index n, F&& f) const {
         Index i = self().rank();
+        NTM_ROLLED
         for (; i + (Count - 1) * self().size() < n; i += Count * self().size()) f(Chunk<Count>{i});
+        NTM_ROLLED
         for (; i < n; i += self().size()) f(Chunk<1>{i});
     }
 };
