@@ -1,4 +1,4 @@
-// The only file that knows Python: loads backends and lends their tables of plain functions to it.
+// The only file that knows Python: loads backends and lends their tables of plain functions to it, and memory.
 //
 // Every entry of Operators<T> becomes a Python function (backend, is_double, ...), its further parameters deduced
 // from the table: pointers arrive as integers (tensor.data_ptr()), the small structs member by member.
@@ -8,6 +8,8 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -15,6 +17,7 @@
 #include <vector>
 
 #include "operators.h"
+#include "pool.h"
 
 namespace py = pybind11;
 
@@ -159,6 +162,61 @@ const std::map<std::string, Entry> operators = {
     {"ntm_sequence_backward", entry<&F::ntm_sequence_backward, &D::ntm_sequence_backward>},
 };
 
+// --- memory from the pool, as DLPack hands it over -----------------------------------------------------------------------
+
+Pool& pool() {
+    static Pool* const pool = new Pool(std::size_t(256) << 20);  // never destroyed: tensors may outlive everything else
+    return *pool;
+}
+
+// The part of DLPack's stable interface (dlpack.h, version 0.x) that a one-dimensional tensor in main memory needs.
+struct DLTensor {
+    void* data;
+    std::int32_t device_type, device_id;  // 1, the CPU
+    std::int32_t ndim;
+    std::uint8_t code, bits;  // 2, floating
+    std::uint16_t lanes;
+    std::int64_t *shape, *strides;
+    std::uint64_t byte_offset;
+};
+struct DLManagedTensor {
+    DLTensor tensor;
+    void* context;
+    void (*deleter)(DLManagedTensor*);
+};
+struct Pooled : DLManagedTensor {
+    std::int64_t count;
+    std::size_t bytes;
+};
+
+// A capsule for torch.from_dlpack: so many numbers, uninitialised, that go back to the pool with the tensor's storage.
+py::object pooled(std::int64_t count, bool is_double) {
+    std::size_t bytes = count * (is_double ? sizeof(double) : sizeof(float));
+    auto owned = std::make_unique<Pooled>();
+    void* memory = pool().take(bytes);
+    if (!memory) throw std::bad_alloc();
+    Pooled* self = owned.release();
+    self->count = count;
+    self->bytes = bytes;
+    self->tensor = {memory, 1, 0, 1, 2, static_cast<std::uint8_t>(is_double ? 64 : 32), 1, &self->count, nullptr, 0};
+    self->context = nullptr;
+    self->deleter = [](DLManagedTensor* tensor) {  // on any thread, with or without Python's lock
+        auto* self = static_cast<Pooled*>(tensor);
+        pool().give(self->tensor.data, self->bytes);
+        delete self;
+    };
+    PyObject* capsule = PyCapsule_New(static_cast<DLManagedTensor*>(self), "dltensor", [](PyObject* capsule) {
+        if (!PyCapsule_IsValid(capsule, "dltensor")) return;  // taken over: a tensor owns it now
+        auto* tensor = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+        tensor->deleter(tensor);
+    });
+    if (!capsule) {
+        self->deleter(self);
+        throw py::error_already_set();
+    }
+    return py::reinterpret_steal<py::object>(capsule);
+}
+
 }  // namespace
 }  // namespace ntm
 
@@ -181,4 +239,6 @@ PYBIND11_MODULE(_C, m) {
         return found->second.served(*get(backend).table, is_double);
     });
     m.def("cpu_level", &cpu_level);
+    m.def("pooled", &pooled, "Numbers from the pool, as a capsule for torch.from_dlpack.");
+    m.def("release_pool", [] { pool().release(); });
 }

@@ -1,0 +1,70 @@
+// Memory for what a training step leaves to its backward, kept from one step to the next. A fresh block of some megabytes
+// costs a page fault every 4 KB, because the C library gives it back to the system as soon as it is free: a quarter of
+// a training step at a batch of 256.
+#pragma once
+
+#include <cstddef>
+#include <list>
+#include <mutex>
+#include <new>
+
+namespace ntm {
+
+class Pool {
+public:
+    explicit Pool(std::size_t most) : most(most) {}
+    ~Pool() { release(); }
+
+    // At least so many bytes, uninitialised, aligned to a cache line; nullptr where there is no memory. size becomes
+    // what give() is to be told.
+    void* take(std::size_t& size) {
+        size = (size + page - 1) / page * page;
+        {
+            const std::lock_guard<std::mutex> lock(mutex);
+            // The one that was given last of those which are large enough and not by much too large.
+            for (auto block = kept.begin(); block != kept.end(); ++block) {
+                if (block->size < size || block->size > size + size / 4) continue;
+                void* memory = block->memory;
+                size = block->size;
+                in_pool -= size;
+                kept.erase(block);
+                return memory;
+            }
+        }
+        return ::operator new(size, alignment, std::nothrow);
+    }
+
+    // Keeps the block; the oldest ones go where that makes too many.
+    void give(void* memory, std::size_t size) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        kept.push_front({memory, size});
+        in_pool += size;
+        while (in_pool > most) drop();
+    }
+
+    void release() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        while (!kept.empty()) drop();
+    }
+
+private:
+    struct Block {
+        void* memory;
+        std::size_t size;
+    };
+    static constexpr std::size_t page = 4096;
+    static constexpr std::align_val_t alignment{64};
+
+    void drop() {
+        ::operator delete(kept.back().memory, alignment);
+        in_pool -= kept.back().size;
+        kept.pop_back();
+    }
+
+    const std::size_t most;
+    std::mutex mutex;
+    std::list<Block> kept;  // the last given first
+    std::size_t in_pool = 0;
+};
+
+}  // namespace ntm
