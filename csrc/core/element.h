@@ -52,6 +52,7 @@ struct ContentAddressing {
         const T norm = key_norm(team, M, T(eps), k);
         cosine(team, N, M, T(eps), norm, memory + i / H * M * N, k, cosines, inverse_norm);
         softmax(team, N, beta[i], cosines, out);
+        team.sync();
         team.put(N, out, content + i * N);
     }
 };
@@ -190,6 +191,7 @@ struct Sharpen {
     NTM_FN void operator()(const Team& team, Size i, Arena<T> arena) const {
         T* out = team.out(arena, sharpened + i * N, N);
         sharpen(team, N, weights + i * N, gamma[i], out);
+        team.sync();
         team.put(N, out, sharpened + i * N);
     }
 };
@@ -237,6 +239,7 @@ struct Address {
         team.sync();
         const Head<T> head = {k, s, beta[i], gate[i], gamma[i]};
         address(team, N, M, K, T(eps), memory + i / H * M * N, previous + i * N, head, at, out);
+        team.sync();
         team.put(N, out, weights + i * N);
     }
 };
