@@ -394,7 +394,7 @@ struct MemoryStep {
     constexpr Size width() const { return s.N; }
     constexpr Size cost() const { return 3 * (s.R + s.W) * s.M * s.N; }
     constexpr Size scratch(bool staged) const {
-        return s.forward_scratch() + staged * room(s.M * s.N, s.params(), s.R * s.N, s.W * s.N);
+        return room(s.forward_scratch()) + staged * room(s.M * s.N, s.params(), s.R * s.N, s.W * s.N);
     }
 
     template <class Team>
@@ -431,7 +431,7 @@ struct MemoryStepBackward {
     constexpr Size cost() const { return 8 * (s.R + s.W) * s.M * s.N; }
     constexpr Size scratch(bool staged) const {
         const Size MN = s.M * s.N, P = s.params();
-        return s.backward_scratch() + staged * room(MN, MN, MN, P, P, s.R * s.N, s.W * s.N, s.R * s.M);
+        return room(s.backward_scratch()) + staged * room(MN, MN, MN, P, P, s.R * s.N, s.W * s.N, s.R * s.M);
     }
 
     template <class Team>
