@@ -9,7 +9,7 @@ def _usable(backend: Backend, monkeypatch) -> Backend:
     """Skips, with the reason, what this machine lacks, unless NTM_TEST_REQUIRE says that it must be there."""
     backend.activate(monkeypatch)
     reason = backend.missing()
-    if reason and required(backend):
+    if reason and required(backend.name):
         pytest.fail(f"NTM_TEST_REQUIRE names {backend.name}, which cannot serve: {reason}")
     if reason:
         pytest.skip(f"{backend.name} cannot serve: {reason}")

@@ -1,0 +1,3 @@
+#pragma once
+
+#define NTM_ARCHITECTURES "cuda_on_host"  // the backend's name

@@ -1,0 +1,98 @@
+"""Compiles csrc/cuda with g++: as a backend to load, and with a program around it, plain or with sanitizers.
+
+What is built lies in build/cuda_on_host, and is used again as long as neither sources nor flags nor compiler change.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+BUILT = ROOT / "build" / "cuda_on_host"
+
+SOURCES = (".h", ".cpp", ".cu")
+# -O1: everything is inlined, and more takes minutes. No contraction: every kind gives the same bits.
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{HERE}"]
+KINDS = {
+    "plain": [],
+    # What is left out costs minutes on code as inlined as this.
+    "address": [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=null,alignment,pointer-overflow",
+        "-fno-sanitize-recover=undefined",
+        "-fno-sanitize-address-use-after-scope",
+        "--param=asan-instrumentation-with-call-threshold=0",
+    ],
+    "thread": ["-fsanitize=thread"],
+}
+
+
+def _run(*command: str | Path) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}")
+
+
+@functools.cache
+def missing(kind: str = "plain") -> str | None:
+    """Why this machine cannot build and run the kind; None when it can."""
+    if shutil.which("g++") is None:
+        return "there is no g++"
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder, "empty.cpp"), Path(folder, "empty")
+        source.write_text("int main() {}\n")
+        for command in (["g++", *FLAGS, *KINDS[kind], source, "-o", program], [program]):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if done.returncode:
+                return f"g++ {' '.join(KINDS[kind])}: {done.stdout.strip()[:300]}"
+    return None
+
+
+def compiled(sources: tuple[Path, ...], product: str, kind: str = "plain", csrc: Path = CSRC) -> Path:
+    """The sources, and the scheduler, as ``product``: a program, or a backend where the name ends in .so."""
+    return _compiled(sources, product, kind, csrc, _digest(csrc))
+
+
+def _digest(csrc: Path) -> str:
+    version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
+    files = sorted(path for folder in (csrc, HERE) for path in folder.rglob("*.*") if path.suffix in SOURCES)
+    content = [version, repr((FLAGS, KINDS)).encode(), *(path.read_bytes() for path in files)]
+    return hashlib.sha256(b"\0".join(content)).hexdigest()[:16]
+
+
+@functools.cache
+def _compiled(sources: tuple[Path, ...], product: str, kind: str, csrc: Path, digest: str) -> Path:
+    result = BUILT / digest / kind / product
+    if result.exists():
+        return result
+    result.parent.mkdir(parents=True, exist_ok=True)
+    for stale in BUILT.iterdir():  # of another digest, and unused for an hour: a test run may still need it
+        if stale.name != digest and stale.stat().st_mtime < os.stat(BUILT).st_mtime - 3600:
+            shutil.rmtree(stale, ignore_errors=True)
+    backend = product.endswith(".so")
+    # A program names the kernels it launches.
+    visibility = ["-fvisibility=hidden"] if backend else []
+    linked = ["-shared", f"-Wl,--version-script={csrc / 'exports.map'}"] if backend else ["-rdynamic", "-ldl"]
+    with tempfile.TemporaryDirectory(dir=result.parent) as folder:
+
+        def compile_one(source: Path) -> str:
+            target = str(Path(folder, f"{source.name}.o"))
+            # The scheduler switches stacks behind the sanitizers' back, and tells them so.
+            flags = ["-O2"] if source.name == "scheduler.cpp" else KINDS[kind]
+            _run("g++", *FLAGS, *flags, *visibility, f"-I{csrc}", "-x", "c++", "-c", source, "-o", target)
+            return target
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, (*sources, HERE / "scheduler.cpp")))
+        _run("g++", *KINDS[kind], *objects, *linked, "-o", Path(folder, product))
+        os.replace(Path(folder, product), result)  # whole, whoever else builds it
+    return result
