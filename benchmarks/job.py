@@ -115,24 +115,26 @@ def stream(model: nn.Module, inputs: Tensor) -> Callable[[], Tensor]:
     return step
 
 
-def torch_calls_around(model: FastNTM, inputs: Tensor) -> Callable[[], Tensor]:
-    """What a streamed step cannot do without of PyTorch: the price of admission that a native step adds to.
+class TorchCallsAround(nn.Module):
+    """What a streamed step cannot do without of PyTorch: the price of admission that the rest of a step adds to.
 
-    Three calls on the sizes of that step, made from Python as it makes them: the inputs' share of the controller's
-    gates, (1, 9) x (9, 400 or 300); hidden and reads joined, (1, 1, 120); the output layer, (1, 120) x (120, 8). Checks
-    of arguments, copies of the state, buffers and the native call itself all count as the step's own.
+    The call of a module and of its output layer, (1, 1, 120) x (120, 8); the inputs' share of the controller's gates,
+    (1, 9) x (9, 400 or 300); and the tensors that are returned, allocated: features, memory, weights, reads and the
+    controller's state. Checks of arguments, the native call and all else between these count as the step's own.
     """
-    weight_ih, _, bias_ih, _ = model.controller.weights()
-    weight = weight_ih[:, :INPUTS]
-    x = inputs[:1]
-    hidden, reads = torch.zeros(1, x.shape[1], HIDDEN), torch.zeros(1, x.shape[1], model.memory_width)
 
-    def calls() -> Tensor:
-        F.linear(x, weight, bias_ih)
-        features = torch.cat([hidden, reads], -1)
-        return F.linear(features, model.output.weight, model.output.bias)
+    def __init__(self, model: FastNTM) -> None:
+        super().__init__()
+        self.weight, self.output = model.controller.weight_ih_l0, model.output
+        n, m = model.memory_locations, model.memory_width
+        self.shapes = [(1, m, n), (1, 1, n), (1, 1, n), (1, 1, m)]
+        self.shapes += [(1, 1, HIDDEN)] * len(model.controller.state_names)
 
-    return calls
+    def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        inputs.reshape(1, INPUTS).mm(self.weight[:, :INPUTS].t())
+        features = inputs.new_empty((1, 1, self.output.in_features))
+        memory, *rest = (inputs.new_empty(shape) for shape in self.shapes)
+        return self.output(features), (memory.mT, *rest)
 
 
 def answers(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

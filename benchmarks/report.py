@@ -22,6 +22,7 @@ import torch
 from job import (
     CONTROLLERS,
     ENGINES,
+    TorchCallsAround,
     answers,
     check_stream,
     compare,
@@ -29,7 +30,6 @@ from job import (
     forward_only,
     make,
     stream,
-    torch_calls_around,
     training_step,
 )
 from timing import (
@@ -158,7 +158,7 @@ def measure_stream(controller: str, seconds: float) -> dict[str, dict[str, float
     for name in ("sequence", "step"):
         check_stream(name, models[name], batch)
     functions = {name: stream(model, batch[0]) for name, model in models.items()}
-    functions["torch calls around"] = torch_calls_around(models["sequence"], batch[0])
+    functions["torch calls around"] = stream(TorchCallsAround(models["sequence"]), batch[0])
     return {name: summary(times) for name, times in take_turns(functions, seconds).items()}
 
 

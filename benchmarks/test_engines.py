@@ -8,6 +8,7 @@ import pytest
 import torch
 from job import (
     CONTROLLERS,
+    TorchCallsAround,
     answers,
     check_stream,
     compare,
@@ -15,7 +16,6 @@ from job import (
     forward_only,
     make,
     stream,
-    torch_calls_around,
     training_step,
 )
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def test_streaming(benchmark, controller: str, engine: str) -> None:
     benchmark.group = f"{controller} streaming, a step at B=1"
     batch = copy_batch(1)
     if engine == "torch calls around":
-        function = torch_calls_around(make(controller, "reference"), batch[0])
+        function = stream(TorchCallsAround(make(controller, "reference")), batch[0])
     else:
         model = _model(controller, engine, 1)
         if engine != "no memory":

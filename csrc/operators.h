@@ -130,15 +130,15 @@ struct Operators {
                                 const T* input_gates, const T* hidden_gates, const T* hidden,
                                 const T* grad_new_hidden,  // [B, H]
                                 T* grad_input_gates, T* grad_hidden_gates, T* grad_hidden);
-    // The whole sequence; see core/sequence.h. weights: for every layer of an LSTM [weight_fed, weight_hh],
-    // [gates, fed + H], of a GRU weight_fed [gates, fed] and weight_hh [gates, H]; after either bias_x and bias_y
-    // [gates]; last the heads' weight [P, H] and bias [P]. keep: leave behind what the backward needs.
+    // The whole sequence; see core/sequence.h. weights, as torch has them: for every layer weight_ih [gates, fed], of
+    // the first layer [gates, I + fed], weight_hh [gates, H], bias_ih and bias_hh [gates]; last the heads' weight
+    // [P, H] and bias [P]. keep: leave behind what the backward needs; else the trail is x and features alone.
     Error (*ntm_sequence)(Launch, SequenceSizes, StepOptions, int keep,
-                          const T* weights,
+                          const T* const* weights,
                           SequenceState<const T> initial, SequenceState<T> final,
                           SequenceTrail<T> trail);
     Error (*ntm_sequence_backward)(Launch, SequenceSizes, StepOptions,
-                                   const T* weights,
+                                   const T* const* weights,
                                    SequenceState<const T> initial, const T* final_memory,  // [B, M, N]
                                    SequenceTrail<const T> trail,
                                    const T* grad_features,  // [T, B, H + R M]

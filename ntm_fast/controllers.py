@@ -6,11 +6,18 @@ Parameters carry the names and layouts of ``nn.LSTM`` and ``nn.GRU``, so weights
 from __future__ import annotations
 
 import math
+from typing import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from .reference import CONTROLLERS
+
+
+def parameters(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
+    """``[module.name, ...]`` without the search of :class:`nn.Module`, which a streamed step would notice."""
+    own = module._parameters  # in which what is parametrized is not
+    return [own[name] if name in own else getattr(module, name) for name in names]
 
 
 class Controller(nn.Module):
@@ -49,7 +56,7 @@ class Controller(nn.Module):
 
     def weights(self) -> list[Tensor]:
         """The weights and biases, layer by layer, as :func:`ops.ntm_sequence` takes them."""
-        return [getattr(self, name) for name in self.weight_names]
+        return parameters(self, self.weight_names)
 
     def extra_repr(self) -> str:
         return f"{self.kind!r}, {self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"

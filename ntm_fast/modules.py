@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _native, ops, recurrence, reference
-from .controllers import Controller
+from .controllers import Controller, parameters
 from .state import NTMState, NTMTrace
 
 ENGINES = ("auto", "sequence", "step", "reference")
@@ -141,24 +142,26 @@ class _NTM(nn.Module):
             controller=self.controller.initial_state(batch_size),
         )
 
-    def _choose_engine(self, inputs: Tensor) -> str:
-        """The engine that serves these inputs. Raises RuntimeError where a forced one cannot."""
+    def _choose_engine(self, weight: Tensor) -> str:
+        """The engine that serves where ``weight`` is. Raises RuntimeError where a forced one cannot."""
         if self.engine == "reference":
             return "reference"
-        device, dtype = inputs.device, self.heads.weight.dtype
-        step = ops.why_not_native(device, dtype)
-        sequence = ops.why_not_native(device, dtype, "ntm_sequence") or ops.why_no_sequence(self.controller_type)
-        reason = {"step": step, "sequence": sequence, "auto": None}[self.engine]
-        if reason is not None:
-            raise RuntimeError(f"engine={self.engine!r} cannot serve: {reason}")
-        if self.engine != "auto":
-            return self.engine
-        if step is not None:
-            _native.warn_once(device.type)
-            return "reference"
-        return "sequence" if sequence is None else "step"
+        why_not = functools.partial(ops.why_not_native, weight.device, weight.dtype)
+        if self.engine != "step":
+            reason = ops.why_no_sequence(self.controller_type) or why_not("ntm_sequence")
+            if reason is None:
+                return "sequence"
+            if self.engine == "sequence":
+                raise RuntimeError(f"engine='sequence' cannot serve: {reason}")
+        reason = why_not("memory_step")
+        if reason is None:
+            return "step"
+        if self.engine == "step":
+            raise RuntimeError(f"engine='step' cannot serve: {reason}")
+        _native.warn_once(weight.device.type)
+        return "reference"
 
-    def _check_inputs(self, inputs: Tensor, dimensions: int) -> None:
+    def _check_inputs(self, inputs: Tensor, dimensions: int, weight: Tensor) -> None:
         if not isinstance(inputs, Tensor):
             raise TypeError(f"inputs: got {type(inputs).__name__}, expected a Tensor")
         if inputs.dim() not in (dimensions - 1, dimensions):
@@ -166,7 +169,6 @@ class _NTM(nn.Module):
                 f"inputs: got shape {tuple(inputs.shape)}, expected {dimensions} dimensions, or {dimensions - 1} when "
                 "unbatched"
             )
-        weight = self.heads.weight
         if inputs.device != weight.device:
             raise ValueError(f"inputs: got device {inputs.device}, expected the module's {weight.device}")
         if inputs.dtype != weight.dtype and (weight.is_meta or not torch.is_autocast_enabled(inputs.device.type)):
@@ -177,42 +179,37 @@ class _NTM(nn.Module):
                 f"{self.input_size}"
             )
 
-    def _check_state(self, state: NTMState, batch: tuple[int, ...]) -> None:
+    def _check_state(self, state: NTMState, batch: tuple[int, ...], weight: Tensor) -> None:
         if not isinstance(state, NTMState):
             raise TypeError(f"state: got {type(state).__name__}, expected an NTMState")
-        n, m = self.memory_locations, self.memory_width
-        expected = {
-            "memory": (*batch, n, m),
-            "read_weights": (*batch, self.read_heads, n),
-            "write_weights": (*batch, self.write_heads, n),
-            "reads": (*batch, self.read_heads, m),
-        }
-        given = state._asdict()
+        *tensors, controller = state
         names = self.controller.state_names
-        if not isinstance(state.controller, tuple) or len(state.controller) != len(names):
+        if not isinstance(controller, tuple) or len(controller) != len(names):
             raise ValueError(
                 f"state.controller: expected a tuple of {len(names)} tensors ({', '.join(names) or 'none'}) for a "
-                f"{self.controller_type} controller, got {type(state.controller).__name__} of "
-                f"{len(state.controller) if hasattr(state.controller, '__len__') else '?'}"
+                f"{self.controller_type} controller, got {type(controller).__name__} of "
+                f"{len(controller) if hasattr(controller, '__len__') else '?'}"
             )
-        for index in range(len(names)):
-            expected[f"controller[{index}]"] = (self.num_layers, *batch, self.hidden_size)
-            given[f"controller[{index}]"] = state.controller[index]
-        weight = self.heads.weight
-        for name, shape in expected.items():
-            tensor = given[name]
+        n, m, r, w = self.memory_locations, self.memory_width, self.read_heads, self.write_heads
+        shapes = [(*batch, n, m), (*batch, r, n), (*batch, w, n), (*batch, r, m)]
+        shapes += [(self.num_layers, *batch, self.hidden_size)] * len(names)
+        dtype, device = weight.dtype, weight.device
+        for index, (tensor, shape) in enumerate(zip((*tensors, *controller), shapes)):
+            if isinstance(tensor, Tensor) and tensor.shape == shape:
+                if tensor.dtype == dtype and tensor.device == device:
+                    continue
+            name = state._fields[index] if index < 4 else f"controller[{index - 4}]"
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"state.{name}: got {type(tensor).__name__}, expected a Tensor")
-            if tuple(tensor.shape) != shape:
+            if tensor.shape != shape:
                 raise ValueError(f"state.{name}: got shape {tuple(tensor.shape)}, expected {shape}")
-            if tensor.dtype != weight.dtype or tensor.device != weight.device:
-                raise ValueError(
-                    f"state.{name}: got {tensor.dtype} on {tensor.device}, expected the module's {weight.dtype} on "
-                    f"{weight.device}"
-                )
+            raise ValueError(
+                f"state.{name}: got {tensor.dtype} on {tensor.device}, expected the module's {dtype} on {device}"
+            )
 
     def _options(self) -> dict:
         return {
+            "controller": self.controller_type,
             "shift_range": self.shift_range,
             "read_first": self.read_first,
             "key_activation": self.key_activation,
@@ -220,19 +217,25 @@ class _NTM(nn.Module):
             "clip": self.clip,
         }
 
-    def _run(self, inputs: Tensor, state: NTMState, records: list | None = None) -> tuple[Tensor, NTMState]:
-        """inputs (T, B, I) -> outputs (T, B, O) and the final state. ``records`` collects what a trace shows."""
-        engine = self._choose_engine(inputs)
-        arguments = inputs, *state, self.controller.weights(), self.heads.weight, self.heads.bias
-        options = {"controller": self.controller_type, **self._options()}
+    def _run(
+        self, inputs: Tensor, state: NTMState, heads: list[Tensor], records: list | None = None
+    ) -> tuple[Tensor, NTMState]:
+        """inputs (T, B, I) -> outputs (T, B, O) and the final state. ``heads``: their weight and bias. ``records``
+        collects what a trace shows.
+        """
+        engine = self._choose_engine(heads[0])
+        arguments = inputs, *state, self.controller.weights(), *heads
+        options = self._options()
         if engine == "sequence" and records is None:
-            features, *final = ops.ntm_sequence(*arguments, **options, memory_checkpoint=self.memory_checkpoint)
+            # What the operator would check is checked; under autocast it is still to be cast.
+            run = ops.ntm_sequence if torch.is_autocast_enabled(inputs.device.type) else ops.checked_sequence
+            features, *final = run(*arguments, **options, memory_checkpoint=self.memory_checkpoint)
         elif engine != "step" or records is not None or not recurrence.can_serve(inputs):
             kernels = reference if engine == "reference" else ops
             features, *final = reference.unroll(kernels, *arguments, **options, records=records)
         else:
             features, *final = recurrence.run(*arguments, **options)
-        outputs = F.linear(features, self.output.weight, self.output.bias)
+        outputs = F.linear(features, *parameters(self.output, ("weight", "bias")))
         return outputs, NTMState(*final)
 
     def extra_repr(self) -> str:
@@ -315,7 +318,8 @@ class FastNTM(_NTM):
     def _forward(
         self, inputs: Tensor, state: NTMState | None, records: list | None = None
     ) -> tuple[Tensor, NTMState]:
-        self._check_inputs(inputs, 3)
+        heads = parameters(self.heads, ("weight", "bias"))
+        self._check_inputs(inputs, 3, heads[0])
         batched = inputs.dim() == 3
         if not batched:
             inputs = inputs.unsqueeze(1)
@@ -327,9 +331,9 @@ class FastNTM(_NTM):
         if state is None:
             state = self.initial_state(batch)
         else:
-            self._check_state(state, (batch,) if batched else ())
+            self._check_state(state, (batch,) if batched else (), heads[0])
             state = state if batched else _batched(state)
-        outputs, state = self._run(inputs, state, records)
+        outputs, state = self._run(inputs, state, heads, records)
         if not batched:
             return outputs.squeeze(1), _unbatched(state)
         return outputs.transpose(0, 1) if self.batch_first else outputs, state
@@ -343,15 +347,16 @@ class NTMCell(_NTM):
 
     def forward(self, inputs: Tensor, state: NTMState | None = None) -> tuple[Tensor, NTMState]:
         """One step from ``state`` (by default :meth:`initial_state`) -> output logits, new state."""
-        self._check_inputs(inputs, 2)
+        heads = parameters(self.heads, ("weight", "bias"))
+        self._check_inputs(inputs, 2, heads[0])
         batched = inputs.dim() == 2
         if not batched:
             inputs = inputs.unsqueeze(0)
         if state is None:
             state = self.initial_state(inputs.shape[0])
         else:
-            self._check_state(state, (inputs.shape[0],) if batched else ())
+            self._check_state(state, (inputs.shape[0],) if batched else (), heads[0])
             state = state if batched else _batched(state)
-        outputs, state = self._run(inputs.unsqueeze(0), state)
+        outputs, state = self._run(inputs.unsqueeze(0), state, heads)
         outputs = outputs.squeeze(0)
         return (outputs, state) if batched else (outputs.squeeze(0), _unbatched(state))

@@ -251,6 +251,7 @@ for _op in _OPERATORS:
 
 # --- ntm_sequence: as many tensors as there are layers ----------------------------------------------------------------
 
+_CHECKPOINTS = {"auto": 0, "all": 1}  # as the operator has them; else a number
 _SEQUENCE_OPTIONS = {"controller": "str", **_STEP_OPTIONS, "memory_checkpoint": "int"}
 
 
@@ -459,8 +460,15 @@ def _call(op: _Operator, tensors: tuple[Tensor, ...], options: dict[str, Any], r
             return _call(op, tensors, options, reason)
     _check(op, tensors, options)
     function = _FUNCTIONS[op.name]
-    if reason or why_not_native(first.device, first.dtype, op.name) is not None or transforming():
+    if reason or why_not_native(first.device, first.dtype, op.name) is not None:
         _native.warn_once(first.device.type)
+        return function.twin(*tensors, **options)
+    return _serve(function, tensors, options)
+
+
+def _serve(function: type[torch.autograd.Function], tensors: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
+    """What is checked, on the native kernels unless something is at work that needs the reference."""
+    if transforming():
         return function.twin(*tensors, **options)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return function.apply(*tensors, *options.values())
@@ -597,16 +605,46 @@ def ntm_sequence(
         "add_activation": add_activation,
         "clip": clip,
         "eps": eps,
-        "memory_checkpoint": {"auto": 0, "all": 1}.get(memory_checkpoint, memory_checkpoint),
+        "memory_checkpoint": _CHECKPOINTS.get(memory_checkpoint, memory_checkpoint),
     }
     state, weights = tuple(state), tuple(weights)
-    tensors = inputs, memory, read_weights, write_weights, reads, *state, *weights, heads_weight, heads_bias
     describe = _sequence_operator if torch.compiler.is_compiling() else _cached_sequence_operator
-    op = describe(controller, len(state), len(weights))
-    features, memory, read_weights, write_weights, reads, *state = _call(
-        op, tensors, options, why_no_sequence(controller)
+    return _grouped(
+        _call(
+            describe(controller, len(state), len(weights)),
+            (inputs, memory, read_weights, write_weights, reads, *state, *weights, heads_weight, heads_bias),
+            options,
+            why_no_sequence(controller),
+        )
     )
-    return features, memory, read_weights, write_weights, reads, tuple(state)
+
+
+def _grouped(outputs: tuple[Tensor, ...]) -> tuple:
+    return *outputs[:5], outputs[5:]
+
+
+def checked_sequence(
+    inputs: Tensor,
+    memory: Tensor,
+    read_weights: Tensor,
+    write_weights: Tensor,
+    reads: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    heads_weight: Tensor,
+    heads_bias: Tensor,
+    *,
+    memory_checkpoint: str | int,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """:func:`ntm_sequence` of arguments that are known to be right and to be served natively."""
+    options["eps"], options["memory_checkpoint"] = EPS, _CHECKPOINTS.get(memory_checkpoint, memory_checkpoint)
+    if torch.is_grad_enabled() or _watched() or transforming():
+        tensors = inputs, memory, read_weights, write_weights, reads, *state, *weights, heads_weight, heads_bias
+        return _grouped(_serve(_NTMSequence, tensors, options))
+    tensors = inputs, memory, read_weights, write_weights, reads, state, weights, heads_weight, heads_bias
+    *outputs, state, _ = sequence.forward(*tensors, *options.values(), False)
+    return *outputs, tuple(state)
 
 
 for _name in (*_BY_NAME, "ntm_sequence"):

@@ -8,7 +8,9 @@ Arguments are named and shaped as those of :func:`reference.ntm_sequence`.
 
 from __future__ import annotations
 
+import functools
 import math
+from array import array
 from typing import NamedTuple, Sequence
 
 import torch
@@ -47,87 +49,107 @@ class Options(NamedTuple):
 class Trail(NamedTuple):
     """What a forward leaves for the backward besides its outputs; what a controller does not have is empty."""
 
-    x: Tensor  # (T + (L-1) slots, B, G)  the gates' products; for a GRU those of what the layer is fed
-    y: Tensor  # (L slots, B, G)  GRU: those of the hidden state
-    hidden: Tensor  # (L-1, slots, B, H)  of the layers below the last
-    cell: Tensor  # (L slots, B, H)  LSTM
-    params: Tensor  # (slots, B, P)
+    x: Tensor  # (T, B, G)  the gates' products of the first layer; for a GRU those of what it is fed
+    upper_x: Tensor  # (L-1, T, B, G)  of the others
+    y: Tensor  # (L, T, B, G)  GRU: those of the hidden states
+    hidden: Tensor  # (L-1, T, B, H)  of the layers below the last
+    cell: Tensor  # (L, T, B, H)  LSTM
+    params: Tensor  # (T, B, P)
     read_weights: Tensor  # (T, B, R, N)
     write_weights: Tensor  # (T, B, W, N)
     memory: Tensor  # ((T-1) // every, B, M, N)
 
 
 class _Plan(NamedTuple):
-    """Sizes: T steps, B elements, L layers of H units with G gates; and what the native functions take."""
+    """Of T steps, B elements, I inputs, L layers of H units with G gates: what everything else follows from."""
 
     T: int
     B: int
+    I: int
     L: int
     H: int
     G: int
     gru: bool
-    every: int
-    scalars: tuple
+    scalars: tuple  # as the native functions take them
+    minor: tuple  # the strides of a memory (B, N, M) in the native layout, [B, M, N]
+    features: tuple[int, ...]  # a shape
+    final: list[tuple[int, ...]]  # the shapes of the final state in the native layout
+    trail: list[tuple[int, ...]]  # those of the trail besides x
 
 
-def _plan(options: Options, keep: bool, inputs, memory, read_weights, write_weights, state) -> _Plan:
-    T, B, _ = inputs.shape
-    L, _, H = state[0].shape
+def _make_plan(options: tuple, keep: bool, inputs, memory, read_weights, write_weights, state, heads, item) -> _Plan:
+    """Of the options, the tensors' shapes and the bytes of a number."""
+    options = Options(*options)
+    (T, B, I), (_, N, M), (_, R, _), (_, W, _) = inputs, memory, read_weights, write_weights
+    (L, _, H), (P, _) = state, heads
     gru = options.controller == "gru"
-    every = kept_every(options.memory_checkpoint or "auto", T, memory.numel() * memory.element_size()) if keep else T
-    sizes = T, B, L, H, gru, *_native.step_sizes(memory, read_weights, write_weights, options.shift_range), every
-    return _Plan(T, B, L, H, (3 if gru else 4) * H, gru, every, (*sizes, *_native.step_scalars(*options[2:7])))
+    G = (3 if gru else 4) * H
+    every = kept_every(options.memory_checkpoint or "auto", T, B * N * M * item) if keep else T
+    step = B, R, W, N, M, 2 * options.shift_range + 1
+    states = [(L, B, H)] * (1 if gru else 2)
+    trail = [
+        (L - 1, T, B, G),
+        (L if gru else 0, T, B, G),
+        (L - 1, T, B, H),
+        (0 if gru else L, T, B, H),
+        (T, B, P),
+        (T, B, R, N),
+        (T, B, W, N),
+        ((T - 1) // every, B, M, N),
+    ]
+    return _Plan(
+        *(T, B, I, L, H, G, gru),
+        scalars=(T, B, I, L, H, gru, *step, every, *_native.step_scalars(*options[2:7])),
+        minor=(N * M, 1, N),
+        features=(T, B, H + R * M),
+        final=[(B, M, N), (B, R, N), (B, W, N), (B, R, M), *states],
+        trail=trail if keep else [],
+    )
 
 
-def _empty(like: Tensor, *shape: int) -> Tensor:
+_remembered_plan = functools.lru_cache(maxsize=1024)(_make_plan)
+
+
+def _plan(options, keep, inputs, memory, read_weights, write_weights, state, heads, make=_remembered_plan) -> _Plan:
+    shapes = inputs.shape, memory.shape, read_weights.shape, write_weights.shape, state[0].shape, heads.shape
+    return make(options, keep, *shapes, inputs.element_size())
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_empty(shape)
 
 
 def _native_layout(
-    memory: Tensor, read_weights: Tensor, write_weights: Tensor, reads: Tensor, state: Sequence[Tensor]
+    plan: _Plan, memory: Tensor, read_weights: Tensor, write_weights: Tensor, reads: Tensor, state: Sequence[Tensor]
 ) -> list[Tensor]:
-    """A state as the native functions take it: the memory location-minor, a GRU with an empty cell."""
-    found = [memory.transpose(1, 2), read_weights, write_weights, reads, *state]
-    return [x.contiguous() for x in found] + ([memory.new_empty(0)] if len(state) == 1 else [])
+    """A state as it lies in the native layout."""
+    memory = memory if memory.stride() == plan.minor else memory.transpose(1, 2).contiguous()
+    return [memory, *_contiguous((read_weights, write_weights, reads, *state))]
 
 
-def _flat(plan: _Plan, columns: int, weights: Sequence[Tensor], heads_weight: Tensor, heads_bias: Tensor) -> Tensor:
-    """Every weight as the native functions take them: without the first layer's ``columns`` for the inputs."""
-    flat = []
-    for layer in range(plan.L):
-        weight_ih, weight_hh, bias_ih, bias_hh = weights[4 * layer : 4 * layer + 4]
-        fed = weight_ih if layer else weight_ih[:, columns:]
-        both = (fed, weight_hh) if plan.gru else (torch.cat([fed, weight_hh], 1),)
-        flat += (*(weight.flatten() for weight in both), bias_ih if plan.gru else bias_ih + bias_hh, bias_hh)
-    return torch.cat([*flat, heads_weight.flatten(), heads_bias])
+def _addresses(plan: _Plan, state: Sequence[Tensor]) -> list[int]:
+    """Of a state in the native layout; a GRU has no cell."""
+    return [tensor.data_ptr() for tensor in state] + [0] * plan.gru
 
 
-def allocate(
-    plan: _Plan, keep: bool, inputs: Tensor, initial: Sequence[Tensor], heads_weight: Tensor
-) -> tuple[Tensor, list[Tensor], Trail]:
-    """The features, the final state in the native layout and the trail, uninitialised."""
-    T, B, L, H, G, gru, every, _ = plan
-    slots, kept = (T, T) if keep else (1, 0)
-    memory, read_weights, write_weights, reads, *state = (x.shape for x in initial)
-    features = _empty(inputs, T, B, H + reads[1] * reads[2])
-    final = [_empty(inputs, *shape) for shape in (memory, read_weights, write_weights, reads, *state)]
-    trail = Trail(
-        x=_empty(inputs, T + (L - 1) * slots, B, G),
-        y=_empty(inputs, L * slots if gru else 0, B, G),
-        hidden=_empty(inputs, L - 1, slots, B, H),
-        cell=_empty(inputs, 0 if gru else L * slots, B, H),
-        params=_empty(inputs, slots, B, heads_weight.shape[0]),
-        read_weights=_empty(inputs, kept, *read_weights),
-        write_weights=_empty(inputs, kept, *write_weights),
-        memory=_empty(inputs, (T - 1) // every, *memory),
-    )
-    return features, final, trail
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x if x.is_contiguous() else x.contiguous() for x in tensors]  # the method is the slow part
 
 
-def _results(plan: _Plan, keep: bool, features: Tensor, final: list[Tensor], trail: Trail) -> tuple:
+def _table(tensors: Sequence[Tensor]) -> array:
+    return array("Q", [tensor.data_ptr() for tensor in tensors])
+
+
+def allocate(plan: _Plan, inputs: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The features, the final state in the native layout and the trail besides x, uninitialised."""
+    final = [_empty(inputs, shape) for shape in plan.final]
+    trail = [_empty(inputs, shape) for shape in plan.trail]
+    return _empty(inputs, plan.features), final, trail
+
+
+def _results(features: Tensor, final: list[Tensor], trail: list[Tensor]) -> tuple:
     memory, read_weights, write_weights, reads, *state = final
-    state = state[:1] if plan.gru else state
-    return features, memory.transpose(1, 2), read_weights, write_weights, reads, state, list(trail) if keep else []
+    return features, memory.mT, read_weights, write_weights, reads, state, trail
 
 
 def forward(
@@ -145,31 +167,37 @@ def forward(
     """``rest``: the :class:`Options`, and ``keep``, whether there will be a backward -> features, the final memory,
     read weights, write weights, reads and controller's state, and the trail: empty lists where there is none.
     """
-    *options, keep = rest
-    plan = _plan(Options(*options), keep, inputs, memory, read_weights, write_weights, state)
-    initial = _native_layout(memory, read_weights, write_weights, reads, state)
-    features, final, trail = allocate(plan, keep, inputs, initial, heads_weight)
-    columns = inputs.shape[2]
-    weight_ih, _, bias_ih, bias_hh = weights[:4]
-    torch.addmm(
-        bias_ih if plan.gru else bias_ih + bias_hh,
-        inputs.reshape(plan.T * plan.B, columns),
-        weight_ih[:, :columns].t(),
-        out=trail.x[: plan.T].view(plan.T * plan.B, plan.G),
+    keep = rest[-1]
+    plan = _plan(rest[:-1], keep, inputs, memory, read_weights, write_weights, state, heads_weight)
+    initial = _native_layout(plan, memory, read_weights, write_weights, reads, state)
+    weights = _contiguous((*weights, heads_weight, heads_bias))
+    table = _table(weights)
+    features, final, trail = allocate(plan, inputs)
+    x = inputs.reshape(plan.T * plan.B, plan.I).mm(weights[0][:, : plan.I].t())
+    kept = [tensor.data_ptr() for tensor in trail] if keep else [0] * (len(Trail._fields) - 1)
+    _native.call(
+        "ntm_sequence",
+        inputs,
+        *plan.scalars,
+        keep,
+        table.buffer_info()[0],
+        *_addresses(plan, initial),
+        *_addresses(plan, final),
+        x.data_ptr(),
+        *kept[:5],  # to params
+        features.data_ptr(),
+        *kept[5:],
     )
-    x, y, hidden, cell, params, *kept = trail
-    flat = _flat(plan, columns, weights, heads_weight, heads_bias)
-    arrays = flat, *initial, *final, x, y, hidden, cell, params, features, *kept
-    _native.call("ntm_sequence", inputs, *plan.scalars, keep, *(array.data_ptr() for array in arrays))
-    return _results(plan, keep, features, final, trail)
+    return _results(features, final, [x.view(plan.T, plan.B, plan.G), *trail] if keep else [])
 
 
 def fake(inputs, memory, read_weights, write_weights, reads, state, weights, heads_weight, heads_bias, *rest) -> tuple:
     """:func:`forward` on shapes alone."""
-    *options, keep = rest
-    plan = _plan(Options(*options), keep, inputs, memory, read_weights, write_weights, state)
-    initial = _native_layout(memory, read_weights, write_weights, reads, state)
-    return _results(plan, keep, *allocate(plan, keep, inputs, initial, heads_weight))
+    keep = rest[-1]
+    # Sizes may be symbols, which cannot be remembered.
+    plan = _plan(rest[:-1], keep, inputs, memory, read_weights, write_weights, state, heads_weight, _make_plan)
+    features, final, trail = allocate(plan, inputs)
+    return _results(features, final, [_empty(inputs, (plan.T, plan.B, plan.G)), *trail] if keep else [])
 
 
 def backward(
@@ -199,39 +227,48 @@ def backward(
     -> gradients of the initial memory, read weights, write weights, reads and controller's state, of the weights, of
     the heads' weight and bias and, if needed, of the inputs. With ``spend`` the trail is good for no other backward.
     """
-    *options, needs_inputs = rest
-    plan = _plan(Options(*options), True, inputs, memory, read_weights, write_weights, state)
-    T, B, L, H, G, gru, *_ = plan
-    features, trail = features.contiguous(), Trail(*trail)
-    initial = _native_layout(memory, read_weights, write_weights, reads, state)
-    grad_final = _native_layout(grad_memory, grad_read_weights, grad_write_weights, grad_reads, grad_state)
-    grad = [_empty(inputs, *tensor.shape) for tensor in grad_final]
+    needs_inputs = rest[-1]
+    plan = _plan(rest[:-1], True, inputs, memory, read_weights, write_weights, state, heads_weight)
+    T, B, I, L, H, G, gru, *_ = plan
+    features, grad_features, trail = features.contiguous(), grad_features.contiguous(), Trail(*trail)
+    initial = _native_layout(plan, memory, read_weights, write_weights, reads, state)
+    final_memory = final_memory.transpose(1, 2).contiguous()
+    grad_final = _native_layout(plan, grad_memory, grad_read_weights, grad_write_weights, grad_reads, grad_state)
+    grad = [_empty(inputs, shape) for shape in plan.final]
     # A step's gates are done with when their gradients are known: these may take their place.
-    grad_x = trail.x if spend else _empty(inputs, *trail.x.shape)
-    grad_y = trail.y if spend else _empty(inputs, *trail.y.shape)
-    grad_params = _empty(inputs, *trail.params.shape)
-    columns = inputs.shape[2]
-    x, y, hidden, cell, params, *kept = trail
-    flat = _flat(plan, columns, weights, heads_weight, heads_bias)
-    final_memory, grad_features = final_memory.transpose(1, 2).contiguous(), grad_features.contiguous()
-    arrays = flat, *initial, final_memory, x, y, hidden, cell, params, features, *kept
-    arrays += grad_features, *grad_final, *grad, grad_x, grad_y, grad_params
-    _native.call("ntm_sequence_backward", inputs, *plan.scalars, *(array.data_ptr() for array in arrays))
+    gates = trail.x, trail.upper_x, trail.y
+    grad_x, grad_upper_x, grad_y = gates if spend else (_empty(inputs, tensor.shape) for tensor in gates)
+    grad_params = _empty(inputs, trail.params.shape)
+    weights = _contiguous((*weights, heads_weight, heads_bias))
+    table = _table(weights)
+    *kept, all_read_weights, all_write_weights, all_memory = trail
+    arrays = *kept, features, all_read_weights, all_write_weights, all_memory, grad_features
+    _native.call(
+        "ntm_sequence_backward",
+        inputs,
+        *plan.scalars,
+        table.buffer_info()[0],
+        *_addresses(plan, initial),
+        final_memory.data_ptr(),
+        *(tensor.data_ptr() for tensor in arrays),
+        *_addresses(plan, grad_final),
+        *_addresses(plan, grad),
+        *(tensor.data_ptr() for tensor in (grad_x, grad_upper_x, grad_y, grad_params)),
+    )
 
     def before(first: Tensor, all_steps: Tensor) -> Tensor:
         """What each step met, (T, B, size): the initial value, then each step's but the last."""
         return torch.cat([first.reshape(1, *all_steps.shape[1:]), all_steps[:-1]])
 
-    hidden = [*hidden, features[..., :H]]
-    grad_x = grad_x.view(L, T * B, G)
-    grad_y = grad_y.view(L, T * B, G) if gru else grad_x
+    hidden = [*trail.hidden, features[..., :H]]
     grad_weights = []
     for layer in range(L):
         met = [hidden[layer - 1]] if layer else [inputs, before(reads, features[..., H:])]
         met.append(before(state[0][layer], hidden[layer]))
-        x, y = grad_x[layer], grad_y[layer]
+        x = (grad_upper_x[layer - 1] if layer else grad_x).view(T * B, G)
         grad_bias_ih = x.sum(0)
         if gru:
+            y = grad_y[layer].view(T * B, G)
             grad_weight_ih = x.t() @ torch.cat(met[:-1], -1).flatten(0, 1)
             grad_weight_hh, grad_bias_hh = y.t() @ met[-1].flatten(0, 1), y.sum(0)
         else:  # one product for both
@@ -241,10 +278,10 @@ def backward(
         grad_weights += grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh
     params = grad_params.flatten(0, 1)
     heads = params.t() @ hidden[-1].flatten(0, 1), params.sum(0)
-    grad_memory, *grad_rest = grad[:5] if gru else grad
+    grad_memory, *grad_rest = grad
     found = [grad_memory.transpose(1, 2), *grad_rest, *grad_weights, *heads]
     if needs_inputs:
-        found.append((grad_x[0] @ weights[0][:, :columns]).view(T, B, columns))
+        found.append((grad_x.view(T * B, G) @ weights[0][:, :I]).view(T, B, I))
     return found
 
 

@@ -161,7 +161,7 @@ class Poison:
         self.blocks: list[Tensor] = []
         self.results: list[Tensor] = []
 
-    def empty(self, like: Tensor, *shape: int) -> Tensor:
+    def empty(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         count = torch.Size(shape).numel()
         block = like.new_full((count + 2 * self.GUARD,), self.SENTINEL)
         block[self.GUARD : self.GUARD + count] = torch.nan
@@ -561,7 +561,8 @@ def test_nothing_outlives_its_use(backend: Backend, monkeypatch, controller: str
 
     def noting(*args) -> tuple:
         *others, trail = right(*args)
-        trails.append([weakref.ref(tensor) for tensor in trail])
+        if trail:
+            trails.append([weakref.ref(tensor) for tensor in trail])
         return *others, trail
 
     alive = lambda index: sum(tensor() is not None for tensor in trails[index])  # noqa: E731
@@ -571,7 +572,7 @@ def test_nothing_outlives_its_use(backend: Backend, monkeypatch, controller: str
     gc.disable()
     try:
         outputs, final = ntm(case.inputs(), case.state())
-        assert alive(0) == len(sequence.Trail._fields)
+        assert alive(0) == len(sequence.Trail._fields) - 1  # x is made elsewhere
         if backwards:
             outputs.sum().backward()
         else:
@@ -579,7 +580,7 @@ def test_nothing_outlives_its_use(backend: Backend, monkeypatch, controller: str
         assert not alive(0)
         with torch.no_grad():
             outputs, final = ntm(case.inputs(), case.state())
-        assert not alive(1)
+        assert len(trails) == 1  # none at all
     finally:
         gc.enable()
 
@@ -866,29 +867,30 @@ def _put(index: int, value: Any) -> Callable:
     return change
 
 
-# Where things are among what the native functions are called with: T, B, L, H, gru, the step's sizes (B, R, W, N, M,
+# Where things are among what the native functions are called with: T, B, I, L, H, gru, the step's sizes (B, R, W, N, M,
 # 2S+1), every, the step's options, then (forward) keep, and tensors.
-EVERY = 11
+EVERY = 12
 BEFORE_CALL = {
     "a wrong every": ("ntm_sequence_backward", _put(EVERY, 3)),
     "memories kept at other steps": ("ntm_sequence", _put(EVERY, 3)),
-    "an LSTM's hidden state for its cell": ("ntm_sequence_backward", _swap(-28, -27)),
-    "the first memory for the last": ("ntm_sequence_backward", lambda values: _put(-26, values[-32])(values)),
-    "read for write weights": ("ntm_sequence_backward", _swap(-19, -18)),
-    "gradients of read and write weights": ("ntm_sequence_backward", _swap(-8, -7)),
-    "read for write weights, initially": ("ntm_sequence_backward", _swap(-31, -30)),
-    "state in: read for write weights": ("ntm_sequence", _swap(-20, -19)),
-    "state in: hidden for cell": ("ntm_sequence", _swap(-17, -16)),
+    "an LSTM's hidden state for its cell": ("ntm_sequence_backward", _swap(-30, -29)),
+    "the first memory for the last": ("ntm_sequence_backward", lambda values: _put(-28, values[-34])(values)),
+    "read for write weights": ("ntm_sequence_backward", _swap(-20, -19)),
+    "read for write weights, initially": ("ntm_sequence_backward", _swap(-33, -32)),
+    "gradients in: read for write weights": ("ntm_sequence_backward", _swap(-15, -14)),
+    "gradients out: read for write weights": ("ntm_sequence_backward", _swap(-9, -8)),
+    "state in: read for write weights": ("ntm_sequence", _swap(-21, -20)),
+    "state in: hidden for cell": ("ntm_sequence", _swap(-18, -17)),
 }
 AFTER_CALL = {  # one number, by a thousandth
     "grad_params": ("ntm_sequence_backward", -1),
-    "grad_x": ("ntm_sequence_backward", -3),
-    "grad of the initial cell": ("ntm_sequence_backward", -4),
-    "grad of the initial hidden state": ("ntm_sequence_backward", -5),
-    "grad of the initial reads": ("ntm_sequence_backward", -6),
-    "grad of the initial memory": ("ntm_sequence_backward", -9),
+    "grad_x": ("ntm_sequence_backward", -4),
+    "grad of the initial cell": ("ntm_sequence_backward", -5),
+    "grad of the initial hidden state": ("ntm_sequence_backward", -6),
+    "grad of the initial reads": ("ntm_sequence_backward", -7),
+    "grad of the initial memory": ("ntm_sequence_backward", -10),
     "a feature": ("ntm_sequence", -4),
-    "the final memory": ("ntm_sequence", -15),
+    "the final memory": ("ntm_sequence", -16),
     "a cell": ("ntm_sequence", -6),
 }
 

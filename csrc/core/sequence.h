@@ -11,9 +11,9 @@
 
 namespace ntm {
 
-// T steps, B elements, L layers of H units. The step's sizes are those of one memory.
+// T steps, B elements, I inputs, L layers of H units. The step's sizes are those of one memory.
 struct SequenceSizes {
-    Size T, B, L, H;
+    Size T, B, I, L, H;
     int gru;  // else LSTM
     StepSizes step;
     Size every;  // a memory is kept before every such step, counted from 0; step 0 has its own
@@ -26,8 +26,7 @@ struct SequenceSizes {
     constexpr Size memory() const { return step.M * step.N; }
 };
 
-// Weights of a layer: packed for the direction in which they are used, and the biases, which the first layer's x comes
-// with.
+// Weights of a layer: packed for the direction in which they are used, and the biases.
 template <class T>
 struct LayerWeights {
     const T* fed;     // forward: fed -> gates, backward: gates -> fed; for an LSTM [fed, hidden] in place of fed
@@ -77,12 +76,12 @@ NTM_FN T* at(T* array, Size slots, Size B, Size size, Size layer, Size slot, Siz
     return array + ((layer * slots + slot) * B + b) * size;
 }
 
-// What every step leaves behind. Without backward only the features and x of the first layer have T steps, the others
-// one.
+// What comes in as x, and what every step leaves behind.
 template <class T>
 struct SequenceTrail {
-    T* x;              // [L, T, B, gates]  the gates' products; for a GRU those of what the layer is fed
-    T* y;              // [L, T, B, gates]  GRU: those of the hidden state
+    T* x;              // [T, B, gates]    comes in as the inputs' product, goes out as all that feeds the first layer
+    T* upper_x;        // [L-1, T, B, gates]  the other layers'
+    T* y;              // [L, T, B, gates]  GRU: the hidden states' products; an LSTM's are in x
     T* hidden;         // [L-1, T, B, H]    of the layers below the last
     T* cell;           // [L, T, B, H]      LSTM
     T* params;         // [T, B, P]
@@ -90,27 +89,30 @@ struct SequenceTrail {
     T* read_weights;   // [T, B, R, N]
     T* write_weights;  // [T, B, W, N]
     T* memory;         // [(T-1) / every, B, M, N]
-
-    NTM_FN T* hidden_after(const SequenceSizes& s, Size slots, Size layer, Size t, Size slot, Size b) const {
-        if (layer + 1 < s.L) return at(hidden, slots, s.B, s.H, layer, slot, b);
-        return features + (t * s.B + b) * (s.H + s.read_size());
-    }
 };
 
-constexpr Size sequence_scratch(const SequenceSizes& s, Size E) {
-    return s.step.forward_scratch() + E * s.widest() + 32;
+constexpr Size sequence_scratch(const SequenceSizes& s, Size E, bool keep) {
+    const Size of_step = (s.L - 1) * (s.gates() + s.H) + s.L * (s.gru ? s.gates() : s.H) + s.step.params();
+    return s.step.forward_scratch() + E * s.widest() + 32 + (keep ? 0 : E * of_step + 80);
 }
 
 // Elements first .. first + E - 1 through all steps, from the initial state to the final one, state.
 template <class Team, class T = typename Team::Real>
 NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Size E, bool keep,
                      const SequenceWeights<T>& w, const SequenceState<const T>& initial, const SequenceState<T>& state,
-                     const SequenceTrail<T>& trail, T* scratch /*of sequence_scratch*/) {
+                     SequenceTrail<T> trail, T* scratch /*of sequence_scratch*/) {
     Arena<T> arena{scratch};
     T *inner = arena.take(s.step.forward_scratch()), *joined = arena.take(E * s.widest());
     const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
     const Size RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
-    const Size slots = keep ? s.T : 1;
+    // Where the trail has T steps of all elements, or one step of these, over and over.
+    const Size slots = keep ? s.T : 1, width = keep ? B : E, base = keep ? first : 0;
+    if (!keep) {
+        trail.upper_x = arena.take((s.L - 1) * E * G);
+        trail.hidden = arena.take((s.L - 1) * E * H);
+        (s.gru ? trail.y : trail.cell) = arena.take(s.L * E * (s.gru ? G : H));
+        trail.params = arena.take(E * P);
+    }
     copy_state(team, s, first, E, initial, state);
     for (Size t = 0; t < s.T; ++t) {
         const Size slot = keep ? t : 0;
@@ -119,15 +121,25 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
         const T* fed = state.reads + first * F;
         for (Size l = 0; l < s.L; ++l) {
             const LayerWeights<T>& layer = w.layers[l];
-            T* x = l ? at(trail.x + s.T * B * G, slots, B, G, l - 1, slot, first) : trail.x + (t * B + first) * G;
+            T* x = l ? at(trail.upper_x, slots, width, G, l - 1, slot, base) : trail.x + (t * B + first) * G;
             T* hidden = state.hidden + (l * B + first) * H;
-            auto new_hidden = [&](Size e) { return trail.hidden_after(s, slots, l, t, slot, first + e); };
-            if (l)
-                for (Size e = 0; e < E; ++e) copy(team, G, layer.bias_x, x + e * G);
+            auto new_hidden = [&](Size e) {
+                return l + 1 < s.L ? at(trail.hidden, slots, width, H, l, slot, base + e)
+                                   : trail.features + (t * B + first + e) * (H + F);
+            };
+            for (Size e = 0; e < E; ++e) {
+                T* own = x + e * G;
+                if (l)
+                    copy(team, G, layer.bias_x, own);
+                else
+                    team.tiles(G, [&](auto tile) NTM_INLINE {
+                        tile.store(own, tile.load(own) + tile.load(layer.bias_x));
+                    });
+            }
             const Size K = s.fed(l);
             if (s.gru) {
                 team.product(E, K, G, fed, layer.fed, x);
-                T* y = at(trail.y, slots, B, G, l, slot, first);
+                T* y = at(trail.y, slots, width, G, l, slot, base);
                 for (Size e = 0; e < E; ++e) copy(team, G, layer.bias_y, y + e * G);
                 team.product(E, H, G, hidden, layer.hidden, y);
                 for (Size e = 0; e < E; ++e)
@@ -140,7 +152,7 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
                 team.sync();
                 team.product(E, K + H, G, joined, layer.fed, x);
                 T* cell = state.cell + (l * B + first) * H;
-                T* new_cell = at(trail.cell, slots, B, H, l, slot, first);
+                T* new_cell = at(trail.cell, slots, width, H, l, slot, base);
                 for (Size e = 0; e < E; ++e)
                     lstm_gates(team, H, x + e * G, cell + e * H, new_hidden(e), new_cell + e * H);
                 copy(team, E * H, new_cell, cell);
@@ -148,7 +160,7 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
             for (Size e = 0; e < E; ++e) copy(team, H, new_hidden(e), hidden + e * H);
             fed = hidden;
         }
-        T* params = trail.params + (slot * B + first) * P;
+        T* params = trail.params + (slot * width + base) * P;
         for (Size e = 0; e < E; ++e) copy(team, P, w.heads_bias, params + e * P);
         team.product(E, H, P, fed, w.heads, params);
         for (Size e = 0; e < E; ++e) {
@@ -168,9 +180,10 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
 // What goes out of the backward beside the gradients of the initial state.
 template <class T>
 struct SequenceGrads {
-    T* x;       // [L, T, B, gates]
-    T* y;       // [L, T, B, gates]  GRU
-    T* params;  // [T, B, P]
+    T* x;        // [T, B, gates]
+    T* upper_x;  // [L-1, T, B, gates]
+    T* y;        // [L, T, B, gates]  GRU
+    T* params;   // [T, B, P]
 };
 
 constexpr Size sequence_backward_scratch(const SequenceSizes& s, Size E) {
@@ -178,7 +191,7 @@ constexpr Size sequence_backward_scratch(const SequenceSizes& s, Size E) {
     return s.step.backward_scratch() + 2 * E * s.H + E * s.widest() + s.read_size() + 80 + memories;
 }
 
-// initial: the state before the first step, whose reads are not needed. out.x and out.y may be trail.x and trail.y.
+// initial: the state before the first step, whose reads are not needed. out.x, upper_x and y may be those of trail.
 // grad_final is the gradient of the final state, grad becomes that of the initial one. Memories between the kept ones
 // are written again, from the kept weights, a segment at a time.
 template <class Team, class T = typename Team::Real>
@@ -242,8 +255,8 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
         for (Size l = s.L - 1; l >= 0; --l) {
             const LayerWeights<T>& layer = w.layers[l];
             T* dhidden = grad.hidden + (l * B + first) * H;
-            T* dx = at(out.x, s.T, B, G, l, t, first);
-            const T* x = at(trail.x, s.T, B, G, l, t, first);
+            T* dx = l ? at(out.upper_x, s.T, B, G, l - 1, t, first) : at(out.x, s.T, B, G, 0, t, first);
+            const T* x = l ? at(trail.upper_x, s.T, B, G, l - 1, t, first) : at(trail.x, s.T, B, G, 0, t, first);
             team.tiles(E * H, [&](auto tile) NTM_INLINE { tile.store(dh, tile.load(dh) + tile.load(dhidden)); });
             const Size K = s.fed(l);
             T* below = l ? next : grad.reads + first * F;
@@ -251,8 +264,9 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
                 T* dy = at(out.y, s.T, B, G, l, t, first);
                 const T* y = at(trail.y, s.T, B, G, l, t, first);
                 for (Size e = 0; e < E; ++e) {
-                    const T* hidden = t ? trail.hidden_after(s, s.T, l, t - 1, t - 1, first + e)
-                                        : initial.hidden + (l * B + first + e) * H;
+                    const T* hidden = !t            ? initial.hidden + (l * B + first + e) * H
+                                      : l + 1 < s.L ? at(trail.hidden, s.T, B, H, l, t - 1, first + e)
+                                                    : trail.features + ((t - 1) * B + first + e) * (H + F);
                     gru_gates_backward(team, H, x + e * G, y + e * G, hidden, dh + e * H, dx + e * G, dy + e * G,
                                        dhidden + e * H);
                 }

@@ -1,5 +1,6 @@
 // The CPU backend, compiled once per variant: every operator parallel over its items, a thread to each.
 #include <algorithm>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <vector>
@@ -15,18 +16,30 @@ namespace {
 
 constexpr Size grain = 8192;  // touched numbers that are worth a thread: some microseconds
 
+struct Aligned {
+    template <class T>
+    void operator()(T* p) const {
+        ::operator delete[](p, std::align_val_t(64));
+    }
+};
+template <class T>
+using Numbers = std::unique_ptr<T[], Aligned>;
+
+// Uninitialised, aligned to a cache line; nullptr where there is no memory.
+template <class T>
+Numbers<T> numbers(Size count) {
+    return Numbers<T>(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64), std::nothrow)));
+}
+constexpr Error out_of_memory = "ntm_fast: out of memory for the scratch of the CPU kernels";
+
 // Calls f(team, i, scratch) for every item; cost is the numbers an item touches, scratch those it needs for itself.
 template <class T, class F>
 Error parallel(Size items, Size cost, Size scratch, const Launch& launch, F f) {
     if (items == 0) return nullptr;
     const Size threads = std::max<Size>(1, std::min({Size(launch.threads), items, items * cost / grain}));
     const Size piece = (scratch + 15) / 16 * 16;
-    struct Aligned {
-        void operator()(T* p) const { ::operator delete[](p, std::align_val_t(64)); }
-    };
-    const std::unique_ptr<T[], Aligned> memory(
-        static_cast<T*>(::operator new[](threads * piece * sizeof(T), std::align_val_t(64), std::nothrow)));
-    if (!memory) return "ntm_fast: out of memory for the scratch of the CPU kernels";
+    const Numbers<T> memory = numbers<T>(threads * piece);
+    if (!memory) return out_of_memory;
     // One copy of the code, whether one thread runs it or several: in two, the compiler may fuse different products and
     // sums, and the answers would depend on the number of threads.
     auto share = [&](Size thread) __attribute__((noinline, noclone)) {
@@ -60,42 +73,55 @@ struct SequenceThread : Thread<T> {
     }
 };
 
-// The weights of a whole sequence, packed for one direction
+// The weights of a whole sequence, packed for one direction, and its biases
 template <class T>
 struct PackedSequence {
-    std::vector<T> storage;
+    Numbers<T> storage;
     std::vector<LayerWeights<T>> layers;
     SequenceWeights<T> weights;
 
-    PackedSequence(const SequenceSizes& s, const T* raw, bool backward) {
+    PackedSequence(const SequenceSizes& s, const T* const* raw, bool backward) {
         const Size G = s.gates(), P = s.step.params();
         auto size = [&](Size inputs, Size outputs) {
             return backward ? packed_size<T>(outputs, inputs) : packed_size<T>(inputs, outputs);
         };
-        Size total = size(s.H, P);
+        Size total = size(s.H, P) + 16;
         for (Size l = 0; l < s.L; ++l)
-            total += s.gru ? size(s.fed(l), G) + size(s.H, G) : size(s.joined(l), G);
-        storage.resize(total);
-        T* next = storage.data();
-        // A weight is stored [outputs, inputs], as torch does.
-        auto take = [&](Size inputs, Size outputs) {
-            T* packed = next;
-            if (backward)
-                pack(outputs, inputs, raw, inputs, 1, packed);
-            else
-                pack(inputs, outputs, raw, 1, inputs, packed);
-            next += size(inputs, outputs);
-            raw += inputs * outputs;
+            total += (s.gru ? size(s.fed(l), G) + size(s.H, G) : size(s.joined(l), G) + G) + 32;
+        storage = numbers<T>(total);
+        if (!storage) return;
+        Arena<T> arena{storage.get()};
+        struct Source {
+            const T* weight;  // [outputs, stride]
+            Size stride, inputs;
+        };
+        auto take = [&](Size outputs, std::initializer_list<Source> sources) {  // side by side
+            Size inputs = 0, first = 0;
+            for (const Source& source : sources) inputs += source.inputs;
+            T* packed = arena.take(size(inputs, outputs));
+            for (const auto& [weight, stride, count] : sources) {
+                if (backward)
+                    pack(outputs, count, weight, stride, first, packed);
+                else
+                    pack_transposed(outputs, count, weight, stride, inputs, first, packed);
+                first += count;
+            }
+            if (backward) pad(outputs, inputs, packed);
             return packed;
         };
-        for (Size l = 0; l < s.L; ++l) {
-            const T* fed = take(s.gru ? s.fed(l) : s.joined(l), G);
-            const T* hidden = s.gru ? take(s.H, G) : nullptr;
-            layers.push_back({fed, hidden, raw, raw + G});
-            raw += 2 * G;
+        for (Size l = 0; l < s.L; ++l, raw += 4) {
+            const Size skipped = l ? 0 : s.I;
+            const Source fed = {raw[0] + skipped, skipped + s.fed(l), s.fed(l)}, hidden = {raw[1], s.H, s.H};
+            if (s.gru) {
+                const T* own = take(G, {fed});
+                layers.push_back({own, take(G, {hidden}), raw[2], raw[3]});
+            } else {
+                T* bias = arena.take(G);
+                for (Size i = 0; i < G; ++i) bias[i] = raw[2][i] + raw[3][i];
+                layers.push_back({take(G, {fed, hidden}), nullptr, bias, nullptr});
+            }
         }
-        const T* heads = take(s.H, P);
-        weights = {layers.data(), heads, raw};
+        weights = {layers.data(), take(P, {{raw[0], s.H, s.H}}), raw[1]};
     }
 };
 
@@ -113,21 +139,23 @@ Error sequence_tiles(const SequenceSizes& s, Size scratch, const Launch& launch,
 }
 
 template <class T>
-Error ntm_sequence(Launch launch, SequenceSizes s, StepOptions o, int keep, const T* weights,
+Error ntm_sequence(Launch launch, SequenceSizes s, StepOptions o, int keep, const T* const* weights,
                    SequenceState<const T> initial, SequenceState<T> final, SequenceTrail<T> trail) {
     const PackedSequence<T> packed(s, weights, false);
-    const Size scratch_size = sequence_scratch(s, std::min(s.B, sequence_tile));
+    if (!packed.storage) return out_of_memory;
+    const Size scratch_size = sequence_scratch(s, std::min(s.B, sequence_tile), keep != 0);
     return sequence_tiles<T>(s, scratch_size, launch, [&](auto team, Size first, Size count, T* scratch) {
         sequence(team, s, o, first, count, keep != 0, packed.weights, initial, final, trail, scratch);
     });
 }
 
 template <class T>
-Error ntm_sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const T* weights,
+Error ntm_sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const T* const* weights,
                             SequenceState<const T> initial, const T* final_memory, SequenceTrail<const T> trail,
                             const T* grad_features, SequenceState<const T> grad_final, SequenceState<T> grad,
                             SequenceGrads<T> out) {
     const PackedSequence<T> packed(s, weights, true);
+    if (!packed.storage) return out_of_memory;
     const Size scratch_size = sequence_backward_scratch(s, std::min(s.B, sequence_tile));
     return sequence_tiles<T>(s, scratch_size, launch, [&](auto team, Size first, Size count, T* scratch) {
         sequence_backward(team, s, o, first, count, packed.weights, initial, final_memory, trail, grad_features,

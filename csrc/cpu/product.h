@@ -19,20 +19,61 @@ constexpr Size packed_size(Size K, Size C) {
     return (C + panel_width<T> - 1) / panel_width<T> * panel_width<T> * K;
 }
 
-// weight[k, c] is at k * stride_k + c * stride_c. Panel p holds columns p * panel_width on, row by row, 0 past C.
+// rows[i][j] becomes rows[j][i].
+template <int Distance, class T, int... J>
+NTM_FN void exchange(Vector<T, lanes<T>>& a, Vector<T, lanes<T>>& b, std::integer_sequence<int, J...>) {
+    const auto low = __builtin_shufflevector(a, b, (J & Distance ? lanes<T> + J - Distance : J)...);
+    b = __builtin_shufflevector(a, b, (J & Distance ? lanes<T> + J : J + Distance)...);
+    a = low;
+}
+template <class T, int Distance = lanes<T> / 2>
+NTM_FN void transpose(Vector<T, lanes<T>> (&rows)[lanes<T>]) {
+    unroll<lanes<T>>([&](auto i) NTM_INLINE {
+        if constexpr (!(i & Distance))
+            exchange<Distance, T>(rows[i], rows[i + Distance], std::make_integer_sequence<int, lanes<T>>{});
+    });
+    if constexpr (Distance > 1) transpose<T, Distance / 2>(rows);
+}
+
+// Panel p of a weight [K, C] holds columns p * panel_width on, row by row, 0 past C. What is packed is stored
+// [rows, columns], a row every stride numbers. As the transpose, C = rows: these columns are k = first on.
 template <class T>
-inline void pack(Size K, Size C, const T* weight, Size stride_k, Size stride_c, T* packed) {
-    constexpr Size width = panel_width<T>;
-    for (Size begin = 0; begin < C; begin += width, packed += width * K) {
-        const Size columns = std::min(width, C - begin);
-        const T* from = weight + begin * stride_c;
-        if (columns < width) std::fill_n(packed, width * K, T(0));
-        if (stride_c == 1)
-            for (Size k = 0; k < K; ++k) std::copy_n(from + k * stride_k, columns, packed + k * width);
-        else  // along the rows of what is stored, for the sake of the reads
-            for (Size c = 0; c < columns; ++c)
-                for (Size k = 0; k < K; ++k) packed[k * width + c] = from[k * stride_k + c * stride_c];
+inline void pack_transposed(Size rows, Size columns, const T* from, Size stride, Size K, Size first, T* packed) {
+    using V = Vector<T, lanes<T>>;
+    for (Size begin = 0; begin < (rows + panel_width<T> - 1) / panel_width<T> * panel_width<T>; begin += lanes<T>) {
+        T* to = packed + begin / panel_width<T> * panel_width<T> * K + begin % panel_width<T> + first * panel_width<T>;
+        Thread<T>{}.tiles(columns, [&](auto tile) NTM_INLINE {
+            V block[lanes<T>];
+            unroll<lanes<T>>([&](auto i) NTM_INLINE {
+                block[i] = begin + i < rows ? tile.load(from + (begin + i) * stride) : V{};
+            });
+            transpose<T>(block);
+            unroll<lanes<T>>([&](auto k) NTM_INLINE {
+                if (tile.begin + k < columns) FullTile<T>{0}.store(to + (tile.begin + k) * panel_width<T>, block[k]);
+            });
+        });
     }
+}
+
+// As it is, K = rows: these columns are c = first on.
+template <class T>
+inline void pack(Size rows, Size columns, const T* from, Size stride, Size first, T* packed) {
+    for (Size c = first, end; c < first + columns; c = end) {  // of each panel, what these columns are of it
+        const Size place = c % panel_width<T>;
+        end = std::min(c - place + panel_width<T>, first + columns);
+        T* to = packed + (c - place) * rows + place;
+        const T* piece = from + c - first;
+        for (Size k = 0; k < rows; ++k) copy(Thread<T>{}, end - c, piece + k * stride, to + k * panel_width<T>);
+    }
+}
+
+// 0 past the last of C columns
+template <class T>
+inline void pad(Size K, Size C, T* packed) {
+    const Size place = C % panel_width<T>;
+    if (place == 0) return;
+    T* panel = packed + (C - place) * K;
+    for (Size k = 0; k < K; ++k) std::fill_n(panel + k * panel_width<T> + place, panel_width<T> - place, T(0));
 }
 
 // R rows by Q panels
