@@ -3,6 +3,7 @@
 // Every entry of Operators<T> becomes a Python function (backend, is_double, ...), its further parameters deduced
 // from the table: pointers arrive as integers (tensor.data_ptr()), the small structs member by member.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <dlfcn.h>
 
@@ -14,6 +15,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "operators.h"
@@ -169,7 +171,7 @@ Pool& pool() {
     return *pool;
 }
 
-// The part of DLPack's stable interface (dlpack.h, version 0.x) that a one-dimensional tensor in main memory needs.
+// The part of DLPack's stable interface (dlpack.h, version 0.x) that a contiguous tensor in main memory needs.
 struct DLTensor {
     void* data;
     std::int32_t device_type, device_id;  // 1, the CPU
@@ -185,20 +187,21 @@ struct DLManagedTensor {
     void (*deleter)(DLManagedTensor*);
 };
 struct Pooled : DLManagedTensor {
-    std::int64_t count;
+    std::vector<std::int64_t> sizes;
     std::size_t bytes;
 };
 
-// A capsule for torch.from_dlpack: so many numbers, uninitialised, that go back to the pool with the tensor's storage.
-py::object pooled(std::int64_t count, bool is_double) {
-    std::size_t bytes = count * (is_double ? sizeof(double) : sizeof(float));
+// A capsule for torch.from_dlpack: a contiguous tensor, uninitialised, whose storage goes back to the pool.
+py::object pooled(std::vector<std::int64_t> sizes, bool is_double) {
     auto owned = std::make_unique<Pooled>();
-    void* memory = pool().take(bytes);
+    owned->sizes = std::move(sizes);
+    owned->bytes = is_double ? sizeof(double) : sizeof(float);
+    for (std::int64_t size : owned->sizes) owned->bytes *= size;
+    void* memory = pool().take(owned->bytes);
     if (!memory) throw std::bad_alloc();
     Pooled* self = owned.release();
-    self->count = count;
-    self->bytes = bytes;
-    self->tensor = {memory, 1, 0, 1, 2, static_cast<std::uint8_t>(is_double ? 64 : 32), 1, &self->count, nullptr, 0};
+    self->tensor = {memory, 1, 0, static_cast<std::int32_t>(self->sizes.size()),
+                    2,      static_cast<std::uint8_t>(is_double ? 64 : 32), 1, self->sizes.data(), nullptr, 0};
     self->context = nullptr;
     self->deleter = [](DLManagedTensor* tensor) {  // on any thread, with or without Python's lock
         auto* self = static_cast<Pooled*>(tensor);
@@ -239,6 +242,6 @@ PYBIND11_MODULE(_C, m) {
         return found->second.served(*get(backend).table, is_double);
     });
     m.def("cpu_level", &cpu_level);
-    m.def("pooled", &pooled, "Numbers from the pool, as a capsule for torch.from_dlpack.");
+    m.def("pooled", &pooled, "A tensor of these sizes from the pool, as a capsule for torch.from_dlpack.");
     m.def("release_pool", [] { pool().release(); });
 }

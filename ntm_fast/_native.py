@@ -179,6 +179,7 @@ def _no_device(architectures: str) -> str | None:
 _PARTS = {"cpu": _cpu, "cuda": _cuda}
 _reasons: dict[tuple[str, bool, str], str | None] = {}
 _warned: set[str] = set()
+_POOLED = 1 << 17  # bytes from which the C library asks the system
 
 
 def why_not(device_type: str, is_double: bool, operator: str) -> str | None:
@@ -229,6 +230,23 @@ def step_scalars(
 ) -> tuple[Any, ...]:
     """memory_step's other options as the native code takes them."""
     return read_first, key_activation == "tanh", add_activation == "tanh", math.inf if clip is None else clip, eps
+
+
+def empty(like: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """An uninitialised tensor of the device and dtype of ``like``; on the CPU, if it is large, from the pool.
+
+    A training step would otherwise get all its memory from the system anew, at a page fault every 4 KB (csrc/pool.h).
+    """
+    bytes = math.prod(sizes) * like.element_size()
+    if bytes >= _POOLED and like.is_cpu and type(like) is torch.Tensor and _cpu().reason is None:
+        return torch.from_dlpack(_extension().pooled(sizes, like.dtype is torch.float64))
+    return like.new_empty(sizes)
+
+
+def release_pool() -> None:
+    """Give the memory that is kept for the next training step back to the system."""
+    if _cpu().reason is None:
+        _extension().release_pool()
 
 
 def available(device_type: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -146,19 +145,19 @@ class _NTM(nn.Module):
         """The engine that serves where ``weight`` is. Raises RuntimeError where a forced one cannot."""
         if self.engine == "reference":
             return "reference"
-        why_not = functools.partial(ops.why_not_native, weight.device, weight.dtype)
+        device, dtype = weight.device, weight.dtype
         if self.engine != "step":
-            reason = ops.why_no_sequence(self.controller_type) or why_not("ntm_sequence")
+            reason = ops.why_no_sequence(self.controller_type) or ops.why_not_native(device, dtype, "ntm_sequence")
             if reason is None:
                 return "sequence"
             if self.engine == "sequence":
                 raise RuntimeError(f"engine='sequence' cannot serve: {reason}")
-        reason = why_not("memory_step")
+        reason = ops.why_not_native(device, dtype, "memory_step")
         if reason is None:
             return "step"
         if self.engine == "step":
             raise RuntimeError(f"engine='step' cannot serve: {reason}")
-        _native.warn_once(weight.device.type)
+        _native.warn_once(device.type)
         return "reference"
 
     def _check_inputs(self, inputs: Tensor, dimensions: int, weight: Tensor) -> None:
@@ -183,7 +182,7 @@ class _NTM(nn.Module):
         if not isinstance(state, NTMState):
             raise TypeError(f"state: got {type(state).__name__}, expected an NTMState")
         *tensors, controller = state
-        names = self.controller.state_names
+        names = reference.CONTROLLERS[self.controller_type].state
         if not isinstance(controller, tuple) or len(controller) != len(names):
             raise ValueError(
                 f"state.controller: expected a tuple of {len(names)} tensors ({', '.join(names) or 'none'}) for a "
@@ -194,18 +193,20 @@ class _NTM(nn.Module):
         shapes = [(*batch, n, m), (*batch, r, n), (*batch, w, n), (*batch, r, m)]
         shapes += [(self.num_layers, *batch, self.hidden_size)] * len(names)
         dtype, device = weight.dtype, weight.device
-        for index, (tensor, shape) in enumerate(zip((*tensors, *controller), shapes)):
-            if isinstance(tensor, Tensor) and tensor.shape == shape:
-                if tensor.dtype == dtype and tensor.device == device:
-                    continue
+        tensors += controller
+        if all([isinstance(tensor, Tensor) for tensor in tensors]) and [tensor.shape for tensor in tensors] == shapes:
+            if all([tensor.dtype is dtype and tensor.device == device for tensor in tensors]):
+                return
+        for index, (tensor, shape) in enumerate(zip(tensors, shapes)):
             name = state._fields[index] if index < 4 else f"controller[{index - 4}]"
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"state.{name}: got {type(tensor).__name__}, expected a Tensor")
             if tensor.shape != shape:
                 raise ValueError(f"state.{name}: got shape {tuple(tensor.shape)}, expected {shape}")
-            raise ValueError(
-                f"state.{name}: got {tensor.dtype} on {tensor.device}, expected the module's {dtype} on {device}"
-            )
+            if tensor.dtype != dtype or tensor.device != device:
+                raise ValueError(
+                    f"state.{name}: got {tensor.dtype} on {tensor.device}, expected the module's {dtype} on {device}"
+                )
 
     def _options(self) -> dict:
         return {
@@ -227,9 +228,10 @@ class _NTM(nn.Module):
         arguments = inputs, *state, self.controller.weights(), *heads
         options = self._options()
         if engine == "sequence" and records is None:
-            # What the operator would check is checked; under autocast it is still to be cast.
-            run = ops.ntm_sequence if torch.is_autocast_enabled(inputs.device.type) else ops.checked_sequence
-            features, *final = run(*arguments, **options, memory_checkpoint=self.memory_checkpoint)
+            if torch.is_autocast_enabled(inputs.device.type):
+                features, *final = ops.ntm_sequence(*arguments, **options, memory_checkpoint=self.memory_checkpoint)
+            else:  # what the operator would check is checked
+                features, *final = ops.checked_sequence(arguments, (*options.values(), ops.EPS, self.memory_checkpoint))
         elif engine != "step" or records is not None or not recurrence.can_serve(inputs):
             kernels = reference if engine == "reference" else ops
             features, *final = reference.unroll(kernels, *arguments, **options, records=records)
@@ -315,9 +317,7 @@ class FastNTM(_NTM):
         trace = NTMTrace(read_weights, write_weights, reads, *parameters)
         return outputs, trace if inputs.dim() == 3 else NTMTrace(*(t.squeeze(1) for t in trace))
 
-    def _forward(
-        self, inputs: Tensor, state: NTMState | None, records: list | None = None
-    ) -> tuple[Tensor, NTMState]:
+    def _forward(self, inputs: Tensor, state: NTMState | None, records: list | None = None) -> tuple[Tensor, NTMState]:
         heads = parameters(self.heads, ("weight", "bias"))
         self._check_inputs(inputs, 3, heads[0])
         batched = inputs.dim() == 3

@@ -624,26 +624,16 @@ def _grouped(outputs: tuple[Tensor, ...]) -> tuple:
 
 
 def checked_sequence(
-    inputs: Tensor,
-    memory: Tensor,
-    read_weights: Tensor,
-    write_weights: Tensor,
-    reads: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    heads_weight: Tensor,
-    heads_bias: Tensor,
-    *,
-    memory_checkpoint: str | int,
-    **options: Any,
+    arguments: tuple, options: tuple
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """:func:`ntm_sequence` of arguments that are known to be right and to be served natively."""
-    options["eps"], options["memory_checkpoint"] = EPS, _CHECKPOINTS.get(memory_checkpoint, memory_checkpoint)
+    """:func:`ntm_sequence` of tensors, as it takes them, and options that are known to be right and to be served."""
+    *options, checkpoint = options
+    options.append(_CHECKPOINTS.get(checkpoint, checkpoint))
     if torch.is_grad_enabled() or _watched() or transforming():
-        tensors = inputs, memory, read_weights, write_weights, reads, *state, *weights, heads_weight, heads_bias
-        return _grouped(_serve(_NTMSequence, tensors, options))
-    tensors = inputs, memory, read_weights, write_weights, reads, state, weights, heads_weight, heads_bias
-    *outputs, state, _ = sequence.forward(*tensors, *options.values(), False)
+        *memory, state, weights, heads_weight, heads_bias = arguments
+        tensors = *memory, *state, *weights, heads_weight, heads_bias
+        return _grouped(_serve(_NTMSequence, tensors, dict(zip(_SEQUENCE_OPTIONS, options))))
+    *outputs, state, _ = sequence.forward(*arguments, *options, False)
     return *outputs, tuple(state)
 
 

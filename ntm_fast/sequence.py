@@ -115,8 +115,7 @@ def _plan(options, keep, inputs, memory, read_weights, write_weights, state, hea
     return make(options, keep, *shapes, inputs.element_size())
 
 
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return like.new_empty(shape)
+_empty = _native.empty
 
 
 def _native_layout(
@@ -173,7 +172,8 @@ def forward(
     weights = _contiguous((*weights, heads_weight, heads_bias))
     table = _table(weights)
     features, final, trail = allocate(plan, inputs)
-    x = inputs.reshape(plan.T * plan.B, plan.I).mm(weights[0][:, : plan.I].t())
+    x = _empty(inputs, (plan.T, plan.B, plan.G))
+    torch.mm(inputs.reshape(plan.T * plan.B, plan.I), weights[0][:, : plan.I].t(), out=x.view(-1, plan.G))
     kept = [tensor.data_ptr() for tensor in trail] if keep else [0] * (len(Trail._fields) - 1)
     _native.call(
         "ntm_sequence",
@@ -188,7 +188,7 @@ def forward(
         features.data_ptr(),
         *kept[5:],
     )
-    return _results(features, final, [x.view(plan.T, plan.B, plan.G), *trail] if keep else [])
+    return _results(features, final, [x, *trail] if keep else [])
 
 
 def fake(inputs, memory, read_weights, write_weights, reads, state, weights, heads_weight, heads_bias, *rest) -> tuple:
@@ -256,24 +256,30 @@ def backward(
         *(tensor.data_ptr() for tensor in (grad_x, grad_upper_x, grad_y, grad_params)),
     )
 
-    def before(first: Tensor, all_steps: Tensor) -> Tensor:
-        """What each step met, (T, B, size): the initial value, then each step's but the last."""
-        return torch.cat([first.reshape(1, *all_steps.shape[1:]), all_steps[:-1]])
-
     hidden = [*trail.hidden, features[..., :H]]
     grad_weights = []
     for layer in range(L):
-        met = [hidden[layer - 1]] if layer else [inputs, before(reads, features[..., H:])]
-        met.append(before(state[0][layer], hidden[layer]))
+        # What the layer met at every step, side by side: its inputs or the layer below, the reads, its hidden state.
+        below = hidden[layer - 1] if layer else inputs
+        before = [(reads, features[..., H:])] * (not layer) + [(state[0][layer], hidden[layer])]
+        met = _empty(inputs, (T, B, weights[4 * layer].shape[1] + H))
+        met[..., : below.shape[2]].copy_(below)
+        column = below.shape[2]
+        for first, all_steps in before:
+            columns = met[..., column : column + all_steps.shape[2]]
+            columns[0].copy_(first.reshape(B, -1))
+            columns[1:].copy_(all_steps[:-1])
+            column += all_steps.shape[2]
+        met = met.view(T * B, -1)
+        fed = met.shape[1] - H
         x = (grad_upper_x[layer - 1] if layer else grad_x).view(T * B, G)
         grad_bias_ih = x.sum(0)
         if gru:
             y = grad_y[layer].view(T * B, G)
-            grad_weight_ih = x.t() @ torch.cat(met[:-1], -1).flatten(0, 1)
-            grad_weight_hh, grad_bias_hh = y.t() @ met[-1].flatten(0, 1), y.sum(0)
+            grad_weight_ih, grad_weight_hh = x.t() @ met[:, :fed], y.t() @ met[:, fed:]
+            grad_bias_hh = y.sum(0)
         else:  # one product for both
-            joined = x.t() @ torch.cat(met, -1).flatten(0, 1)
-            grad_weight_ih, grad_weight_hh = (part.contiguous() for part in joined.split([joined.shape[1] - H, H], 1))
+            grad_weight_ih, grad_weight_hh = (part.contiguous() for part in (x.t() @ met).split([fed, H], 1))
             grad_bias_hh = grad_bias_ih.clone()
         grad_weights += grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh
     params = grad_params.flatten(0, 1)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 import torch.utils.deterministic
-from comparison import Backend, sweep
+from comparison import CUDA_ON_HOST, Backend, sweep
 from torch import Tensor
 
 from ntm_fast import FastNTM, NTMState, _native, ops, reference, sequence
@@ -261,6 +261,8 @@ def test_each_size_and_option(backend: Backend, poison: Poison, controller: str,
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("controller", ("lstm", "gru"))
 def test_every_build_of_the_kernels(kernels: Backend, poison: Poison, controller: str, dtype: torch.dtype) -> None:
+    if kernels is CUDA_ON_HOST:
+        pytest.skip("CUDA has no kernel for whole sequences yet")
     for change in (
         {"B": 13, "hidden": 100, "N": 64, "M": 20, "T": 4},
         {"B": 1, "hidden": 33, "layers": 2},

@@ -16,20 +16,45 @@ namespace {
 
 constexpr Size grain = 8192;  // touched numbers that are worth a thread: some microseconds
 
-struct Aligned {
-    template <class T>
-    void operator()(T* p) const {
-        ::operator delete[](p, std::align_val_t(64));
+// Scratch of the calling thread, aligned to a cache line, uninitialised. It stays for the next call, unless it is very
+// large: fresh memory costs a page fault every 4 KB. One object for each Use at a time.
+template <class T, int Use>
+class Scratch {
+public:
+    explicit Scratch(Size count) {
+        const std::size_t bytes = count * sizeof(T);
+        if (kept.size >= bytes) return;
+        kept.release();
+        kept.memory = ::operator new(bytes, alignment, std::nothrow);
+        if (kept.memory) kept.size = bytes;
     }
-};
-template <class T>
-using Numbers = std::unique_ptr<T[], Aligned>;
+    ~Scratch() {
+        if (kept.size > most) kept.release();
+    }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
 
-// Uninitialised, aligned to a cache line; nullptr where there is no memory.
-template <class T>
-Numbers<T> numbers(Size count) {
-    return Numbers<T>(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64), std::nothrow)));
-}
+    T* get() const { return static_cast<T*>(kept.memory); }  // nullptr where there is no memory
+
+private:
+    static constexpr std::align_val_t alignment{64};
+    static constexpr std::size_t most = std::size_t(32) << 20;
+
+    struct Kept {
+        void* memory = nullptr;
+        std::size_t size = 0;
+
+        void release() {
+            ::operator delete(memory, alignment);
+            *this = {};
+        }
+        ~Kept() { release(); }
+    };
+    static thread_local Kept kept;
+};
+template <class T, int Use>
+thread_local typename Scratch<T, Use>::Kept Scratch<T, Use>::kept;
+
 constexpr Error out_of_memory = "ntm_fast: out of memory for the scratch of the CPU kernels";
 
 // Calls f(team, i, scratch) for every item; cost is the numbers an item touches, scratch those it needs for itself.
@@ -38,12 +63,13 @@ Error parallel(Size items, Size cost, Size scratch, const Launch& launch, F f) {
     if (items == 0) return nullptr;
     const Size threads = std::max<Size>(1, std::min({Size(launch.threads), items, items * cost / grain}));
     const Size piece = (scratch + 15) / 16 * 16;
-    const Numbers<T> memory = numbers<T>(threads * piece);
-    if (!memory) return out_of_memory;
+    const Scratch<T, 0> memory(threads * piece);
+    if (scratch != 0 && !memory.get()) return out_of_memory;
     // One copy of the code, whether one thread runs it or several: in two, the compiler may fuse different products and
     // sums, and the answers would depend on the number of threads.
+    T* const all = memory.get();
     auto share = [&](Size thread) __attribute__((noinline, noclone)) {
-        T* own = memory.get() + thread * piece;
+        T* own = all + thread * piece;
         for (Size i = items * thread / threads; i < items * (thread + 1) / threads; ++i) f(Thread<T>{}, i, own);
     };
     if (threads == 1) {
@@ -76,20 +102,25 @@ struct SequenceThread : Thread<T> {
 // The weights of a whole sequence, packed for one direction, and its biases
 template <class T>
 struct PackedSequence {
-    Numbers<T> storage;
+    const Scratch<T, 1> storage;
     std::vector<LayerWeights<T>> layers;
     SequenceWeights<T> weights;
 
-    PackedSequence(const SequenceSizes& s, const T* const* raw, bool backward) {
-        const Size G = s.gates(), P = s.step.params();
-        auto size = [&](Size inputs, Size outputs) {
-            return backward ? packed_size<T>(outputs, inputs) : packed_size<T>(inputs, outputs);
-        };
-        Size total = size(s.H, P) + 16;
+    static Size size(Size inputs, Size outputs, bool backward) {
+        return backward ? packed_size<T>(outputs, inputs) : packed_size<T>(inputs, outputs);
+    }
+    static Size size(const SequenceSizes& s, bool backward) {
+        const Size G = s.gates();
+        Size total = size(s.H, s.step.params(), backward) + 16;
         for (Size l = 0; l < s.L; ++l)
-            total += (s.gru ? size(s.fed(l), G) + size(s.H, G) : size(s.joined(l), G) + G) + 32;
-        storage = numbers<T>(total);
-        if (!storage) return;
+            total += s.gru ? size(s.fed(l), G, backward) + size(s.H, G, backward) + 32
+                           : size(s.joined(l), G, backward) + G + 32;
+        return total;
+    }
+
+    PackedSequence(const SequenceSizes& s, const T* const* raw, bool backward) : storage(size(s, backward)) {
+        if (!storage.get()) return;
+        const Size G = s.gates(), P = s.step.params();
         Arena<T> arena{storage.get()};
         struct Source {
             const T* weight;  // [outputs, stride]
@@ -98,7 +129,7 @@ struct PackedSequence {
         auto take = [&](Size outputs, std::initializer_list<Source> sources) {  // side by side
             Size inputs = 0, first = 0;
             for (const Source& source : sources) inputs += source.inputs;
-            T* packed = arena.take(size(inputs, outputs));
+            T* packed = arena.take(size(inputs, outputs, backward));
             for (const auto& [weight, stride, count] : sources) {
                 if (backward)
                     pack(outputs, count, weight, stride, first, packed);
@@ -142,7 +173,7 @@ template <class T>
 Error ntm_sequence(Launch launch, SequenceSizes s, StepOptions o, int keep, const T* const* weights,
                    SequenceState<const T> initial, SequenceState<T> final, SequenceTrail<T> trail) {
     const PackedSequence<T> packed(s, weights, false);
-    if (!packed.storage) return out_of_memory;
+    if (!packed.storage.get()) return out_of_memory;
     const Size scratch_size = sequence_scratch(s, std::min(s.B, sequence_tile), keep != 0);
     return sequence_tiles<T>(s, scratch_size, launch, [&](auto team, Size first, Size count, T* scratch) {
         sequence(team, s, o, first, count, keep != 0, packed.weights, initial, final, trail, scratch);
@@ -155,7 +186,7 @@ Error ntm_sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const
                             const T* grad_features, SequenceState<const T> grad_final, SequenceState<T> grad,
                             SequenceGrads<T> out) {
     const PackedSequence<T> packed(s, weights, true);
-    if (!packed.storage) return out_of_memory;
+    if (!packed.storage.get()) return out_of_memory;
     const Size scratch_size = sequence_backward_scratch(s, std::min(s.B, sequence_tile));
     return sequence_tiles<T>(s, scratch_size, launch, [&](auto team, Size first, Size count, T* scratch) {
         sequence_backward(team, s, o, first, count, packed.weights, initial, final_memory, trail, grad_features,
