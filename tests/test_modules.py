@@ -33,12 +33,29 @@ def make(cls=FastNTM, engine: str = "reference", dtype: torch.dtype = torch.floa
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in module.state_dict().values():
-            tensor.copy_(0.7 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+            tensor.copy_(0.7 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu"))
     return module
 
 
 def some(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(torch.get_default_device(), dtype)
+
+
+def skip_without_sequence(device: str) -> None:
+    if reason := ops.why_not_native(torch.device(device), torch.float64, "ntm_sequence"):
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _where_the_backend_computes(request):
+    """Modules and tensors are made there, and engines that it does not have are skipped."""
+    device = request.getfixturevalue("backend").device if "backend" in request.fixturenames else "cpu"
+    if device != "cpu" and "sequence" in request.node.callspec.params.values():
+        skip_without_sequence(device)
+    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
+        yield
 
 
 def flat(state: NTMState) -> list[Tensor]:
@@ -247,7 +264,7 @@ def test_planted_faults_in_the_engines_are_found(backend, monkeypatch, engine: s
 @pytest.fixture
 def _fresh_memory_is_nan():
     """Whatever torch.empty and its like return is full of NaN."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would refuse
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
@@ -451,6 +468,7 @@ def test_a_forced_engine_that_cannot_serve_says_why(engine: str) -> None:
 
 
 def test_the_sequence_engine_refuses_a_feedforward_controller(backend) -> None:
+    skip_without_sequence(backend.device)
     for cls, inputs in ((FastNTM, some(2, 2, 3)), (NTMCell, some(2, 3))):
         with pytest.raises(RuntimeError, match="engine='sequence' cannot serve.*LSTM and GRU, not feedforward"):
             make(cls, engine="sequence", controller="feedforward")(inputs)
@@ -471,8 +489,8 @@ def test_no_grad_keeps_no_graph(engine: str) -> None:
 
 def test_autocast(backend) -> None:
     """Products in bfloat16, the memory in float32: close to float32 by bfloat16's 3 digits, and it trains."""
-    ntm = FastNTM(**SIZES, engine="auto").to(backend.device)
-    inputs = some(5, 2, 3, dtype=torch.float32).to(backend.device)
+    ntm = FastNTM(**SIZES, engine="auto")
+    inputs = some(5, 2, 3, dtype=torch.float32)
     expected, _ = ntm(inputs)
     with torch.autocast(backend.device, dtype=torch.bfloat16):
         outputs, state = ntm(inputs)
