@@ -21,14 +21,14 @@ ENGINES = ("sequence", "step", "reference", "compiled reference", "no memory")
 Batch = tuple[Tensor, Tensor]
 
 
-def copy_batch(batch_size: int, steps: int = STEPS) -> Batch:
+def copy_batch(batch_size: int, steps: int = STEPS, device: str = "cpu") -> Batch:
     """Inputs (T, B, 9) and the bits (length, B, 8) to say in the last steps; the same ones for the same sizes."""
     length = (steps - 1) // 2
     bits = torch.randint(0, 2, (length, batch_size, BITS), generator=torch.Generator().manual_seed(batch_size)).float()
     inputs = torch.zeros(steps, batch_size, INPUTS)
     inputs[:length, :, :BITS] = bits
     inputs[length, :, BITS] = 1
-    return inputs, bits
+    return inputs.to(device), bits.to(device)
 
 
 class Bare(nn.Module):
@@ -79,9 +79,10 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return F.binary_cross_entropy_with_logits(model(inputs)[0][-len(bits) :], bits)
 
 
-def training_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
-    """The function to time; it trains the model."""
-    optimiser = torch.optim.RMSprop(model.parameters(), lr=1e-4, alpha=0.95, momentum=0.9)
+def training_step(model: nn.Module, batch: Batch, capturable: bool = False) -> Callable[[], None]:
+    """The function to time; it trains the model. ``capturable``: it can be captured into a CUDA graph."""
+    settings = dict(lr=1e-4, alpha=0.95, momentum=0.9, capturable=capturable)
+    optimiser = torch.optim.RMSprop(model.parameters(), **settings)
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)

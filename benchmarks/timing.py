@@ -60,8 +60,64 @@ def seconds(text: str) -> float:
     return value
 
 
-def take_turns(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds per call of each function, in rounds; a turn is about as long for each of them.
+class HostClock:
+    """Times work on the CPU."""
+
+    device, graphs = "cpu", False
+    cache = 1 << 12  # bytes; what is to come from memory must rotate among more. Here there are only smoke runs.
+
+    def milliseconds(self, work: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - start)
+
+    def captured(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """The work without the launches, to be called any number of times. The CPU has none."""
+        return work
+
+
+class DeviceClock:
+    """Times work on the current CUDA device, by its own events."""
+
+    device, graphs = "cuda", True
+
+    def __init__(self) -> None:
+        self.cache = torch.cuda.get_device_properties().L2_cache_size
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def milliseconds(self, work: Callable[[], Any]) -> float:
+        self.start.record()
+        work()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end)
+
+    def captured(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """The work as a CUDA graph; what it works on lives as long."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set themselves up at their first uses, which cannot be captured
+            for _ in range(3):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = work, work()
+
+        def replay() -> Any:
+            graph.replay()
+            return kept[1]
+
+        return replay
+
+
+def take_turns(
+    functions: dict[str, Callable[[], Any]],
+    seconds: float,
+    clock: HostClock | DeviceClock = HostClock(),
+    turn: float = 0.1,
+) -> dict[str, list[float]]:
+    """Milliseconds per call of each function, in rounds of turns of about ``turn`` seconds for each of them.
 
     In turns, so that a change in the machine's mood reaches all of them.
     """
@@ -69,17 +125,17 @@ def take_turns(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[
     for name, function in functions.items():
         for _ in range(3):  # warm-up: allocations, compilation
             function()
-        start = time.perf_counter()
-        function()
-        calls[name] = max(1, round(0.1 / (time.perf_counter() - start)))
+        calls[name] = max(1, round(1e3 * turn / clock.milliseconds(function)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
         for name, function in functions.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                function()
-            times[name].append(1e3 * (time.perf_counter() - start) / calls[name])
+
+            def repeat(function=function, count=calls[name]) -> None:
+                for _ in range(count):
+                    function()
+
+            times[name].append(clock.milliseconds(repeat) / calls[name])
     return times
 
 
@@ -90,24 +146,55 @@ def summary(times: list[float]) -> dict[str, float]:
     return {**{name: float(f"{value:.4g}") for name, value in kept.items()}, "repeats": len(times)}
 
 
-def circumstances() -> dict[str, Any]:
+def circumstances(device: str = "cpu") -> dict[str, Any]:
     found = ntm_fast.capabilities()
-    return {
+    build = found["build"] or {}
+    known = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "ntm_fast": ntm_fast.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "compiler": (found["build"] or {}).get("cxx"),
+        "compiler": build.get("cxx"),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "kernels": found["cpu"],
     }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties()
+        known |= {
+            "gpu": gpu.name,
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+            "multiprocessors": gpu.multi_processor_count,
+            "l2_bytes": gpu.L2_cache_size,
+            "memory_bytes": gpu.total_memory,
+            "driver": driver(),
+            "cuda": torch.version.cuda,
+            "nvcc": build.get("nvcc"),
+            "architectures": found["cuda"],
+        }
+    return known
+
+
+def driver() -> str | None:
+    """The version of the NVIDIA driver, where nvidia-smi is there to say it."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def where(report: dict[str, Any]) -> str:
     """One line for below a table."""
+    if "gpu" in report:
+        return (
+            f"{report['gpu']}, compute capability {report['compute_capability']}, {report['multiprocessors']} "
+            f"multiprocessors, {report['l2_bytes'] / 2**20:.0f} MiB of L2, driver {report['driver']}, kernels for "
+            f"{report['architectures']} by {report['nvcc']}, torch {report['torch']} with CUDA {report['cuda']}, "
+            f"{report['cpu']}, float32, {report['date'][:10]}, commit {report['commit']}."
+        )
     return (
         f"{report['cpu']}, threads: {report['threads']}, {report['kernels']} kernels, torch {report['torch']}, "
         f"float32, {report['date'][:10]}, commit {report['commit']}."
@@ -157,8 +244,15 @@ def load(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def save(path: Path, report: dict[str, Any]) -> None:
+    write(path, json.dumps(report, indent=1) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing: who is cut short while writing leaves what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    os.replace(new, path)
 
 
 def show(path: Path) -> Path:

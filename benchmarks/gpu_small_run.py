@@ -1,0 +1,45 @@
+"""Every operator both ways on a few small inputs, and a training step: what compute-sanitizer watches.
+
+    python benchmarks/gpu_small_run.py [cuda|cpu]
+
+Inputs are made, and results compared, on the CPU, so that almost all that runs on the device is ours.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from job import answers, compare, copy_batch, make
+from operators import DIRECTIONS, OPERATORS, Sizes, call
+
+# One for each way in which the kernels deal items out (csrc/cuda/plan.h).
+SIZES = (
+    Sizes(3, 17, 5, heads=2, hidden=7),
+    Sizes(2),
+    Sizes(2400, 9, 3),  # enough items for a warp to each
+    Sizes(1, 1024, 100),  # a memory that shared memory cannot hold
+    Sizes(1, 16384, 2),  # nor what is computed on the way
+)
+
+
+def main(device: str) -> int:
+    for dtype in (torch.float32, torch.float64):
+        for sizes in SIZES:
+            torch.manual_seed(0)
+            for op in OPERATORS:
+                for direction in DIRECTIONS:
+                    host = call(op, direction, sizes, dtype=dtype)
+                    there = host._replace(tensors=[tensor.to(device) for tensor in host.tensors])
+                    host.check(tuple(result.to("cpu") for result in there()))
+            print(f"{len(OPERATORS)} operators, {dtype}, {sizes}", flush=True)
+    batch = copy_batch(2, steps=5)
+    wanted = answers(make("lstm", "reference"), batch)
+    found = answers(make("lstm", "step").to(device), copy_batch(2, steps=5, device=device))
+    compare("step", {name: tensor.to("cpu") for name, tensor in found.items()}, wanted)
+    print("a training step", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:] or ["cuda"]))
