@@ -228,7 +228,14 @@ class BuildNative(build_ext):
             shutil.rmtree(folder, ignore_errors=True)
         run(*configure)
         stamp.write_text(configuration)
-        run(tool("cmake"), "--build", folder)
+        # What compilers said of each object when it was last compiled; at the end, what sources all of them are of.
+        with open(folder / "build.log", "a") as log:
+            try:
+                log.write(run(tool("cmake"), "--build", folder))
+                log.write(f"sources {sources_digest()}\n")
+            except CommandFailed as error:
+                log.write(str(error))
+                raise
 
 
 setup(

@@ -47,13 +47,18 @@ class _Part(NamedTuple):
     cuda: bool = False  # built from csrc/cuda: may ask for room on the device
 
 
+def sources_digest(tree: Path) -> str:
+    """Of everything in a source tree that is compiled; as setup.py's, which cannot import this package."""
+    files = sorted(path for path in (tree / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
 @functools.cache
 def _build() -> _Build | _Missing:
     """This package's own build. A source tree without one borrows that of an installed copy of the same sources."""
     if (_HERE / "_build.json").exists():
         return _Build(_HERE, json.loads((_HERE / "_build.json").read_text()))
-    files = sorted(path for path in (_HERE.parent / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
-    sources = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    sources = sources_digest(_HERE.parent)
     folders = [Path(path, __package__) for path in sys.path if Path(path, __package__, "_build.json").exists()]
     others = [_Build(folder, json.loads((folder / "_build.json").read_text())) for folder in folders]
     for build in others:
