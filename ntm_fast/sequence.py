@@ -173,7 +173,7 @@ def forward(
     table = _table(weights)
     features, final, trail = allocate(plan, inputs)
     x = _empty(inputs, (plan.T, plan.B, plan.G))
-    torch.mm(inputs.reshape(plan.T * plan.B, plan.I), weights[0][:, : plan.I].t(), out=x.view(-1, plan.G))
+    torch.mm(inputs.reshape(plan.T * plan.B, plan.I), weights[0][:, : plan.I].t(), out=x.flatten(0, 1))
     kept = [tensor.data_ptr() for tensor in trail] if keep else [0] * (len(Trail._fields) - 1)
     _native.call(
         "ntm_sequence",
@@ -267,10 +267,10 @@ def backward(
         column = below.shape[2]
         for first, all_steps in before:
             columns = met[..., column : column + all_steps.shape[2]]
-            columns[0].copy_(first.reshape(B, -1))
+            columns[0].copy_(first.flatten(1))
             columns[1:].copy_(all_steps[:-1])
             column += all_steps.shape[2]
-        met = met.view(T * B, -1)
+        met = met.flatten(0, 1)
         fed = met.shape[1] - H
         x = (grad_upper_x[layer - 1] if layer else grad_x).view(T * B, G)
         grad_bias_ih = x.sum(0)
