@@ -243,5 +243,5 @@ PYBIND11_MODULE(_C, m) {
     });
     m.def("cpu_level", &cpu_level);
     m.def("pooled", &pooled, "A tensor of these sizes from the pool, as a capsule for torch.from_dlpack.");
-    m.def("release_pool", [] { pool().release(); });
+    m.def("release_pool", [] { return pool().release(); });
 }

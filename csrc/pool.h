@@ -21,13 +21,17 @@ public:
         size = (size + page - 1) / page * page;
         {
             const std::lock_guard<std::mutex> lock(mutex);
-            // The one that was given last of those which are large enough and not by much too large.
-            for (auto block = kept.begin(); block != kept.end(); ++block) {
-                if (block->size < size || block->size > size + size / 4) continue;
-                void* memory = block->memory;
-                size = block->size;
+            // The smallest that is large enough, the last given of these, unless it is much too large.
+            auto best = kept.end();
+            for (auto block = kept.begin(); block != kept.end(); ++block)
+                if (block->size >= size && block->size <= size + size / 4 &&
+                    (best == kept.end() || block->size < best->size))
+                    best = block;
+            if (best != kept.end()) {
+                void* memory = best->memory;
+                size = best->size;
                 in_pool -= size;
-                kept.erase(block);
+                kept.erase(best);
                 return memory;
             }
         }
@@ -42,9 +46,12 @@ public:
         while (in_pool > most) drop();
     }
 
-    void release() {
+    // Frees all that is kept, and tells how many bytes that was.
+    std::size_t release() {
         const std::lock_guard<std::mutex> lock(mutex);
+        const std::size_t released = in_pool;
         while (!kept.empty()) drop();
+        return released;
     }
 
 private:

@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from . import ops, reference
-from ._native import available, capabilities
+from ._native import available, capabilities, empty_cache
 from .modules import FastNTM, NTMCell
 from .ops import explain
 from .state import NTMState, NTMTrace
@@ -15,6 +15,7 @@ __all__ = [
     "NTMTrace",
     "available",
     "capabilities",
+    "empty_cache",
     "explain",
     "ops",
     "reference",

@@ -248,10 +248,12 @@ def empty(like: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
     return like.new_empty(sizes)
 
 
-def release_pool() -> None:
-    """Give the memory that is kept for the next training step back to the system."""
-    if _cpu().reason is None:
-        _extension().release_pool()
+def empty_cache() -> int:
+    """Give the main memory that is kept for the next training step back to the system; returns how many bytes.
+
+    At most 256 MB are kept: docs/memory.md. What tensors still use is not touched.
+    """
+    return _extension().release_pool() if _cpu().reason is None else 0
 
 
 def available(device_type: str) -> bool:
