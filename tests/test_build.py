@@ -211,7 +211,7 @@ def test_errors_of_the_binding():
         extension.load("/no/such/library.so")
     with pytest.raises(IndexError, match="1000"):
         extension.interpolate(1000, False)
-    with pytest.raises(TypeError, match="takes 10 values"):
+    with pytest.raises(TypeError, match="takes 12 values"):
         extension.interpolate(backend, False, 1, 1, 8)
     with pytest.raises(TypeError):
         extension.interpolate(backend, False, "1", 1, 8, 0, 0, 0, 0, 1, 0, 0)
