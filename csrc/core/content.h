@@ -26,7 +26,8 @@ NTM_FN void cosine(const Team& team, Index N, Index M, T eps, T key_norm, const 
     using V = typename Team::V;
     const T inverse_key_norm = 1 / key_norm;
     team.tiles(N, [&](auto tile) NTM_INLINE {
-        V product{}, squares{}, read{};
+        V product{}, squares{};
+        [[maybe_unused]] V read{};
         for (Index m = 0; m < M; ++m) {
             const V x = tile.load(memory + m * N);
             product += key[m] * x;
@@ -68,7 +69,8 @@ NTM_FN void content_backward(const Team& team, Index N, Index M, T key_norm, con
         M, N,
         [&](auto block, auto tile, auto& sums) NTM_INLINE {
             const V p = tile.load(grad_content), q = tile.load(cosine);
-            V w{}, x[block.count], dM[block.count] = {};
+            V x[block.count], dM[block.count] = {};
+            [[maybe_unused]] V w{};
             if constexpr (present<Reads>) w = tile.load(weights);
             unroll<block.count>([&](auto k) NTM_INLINE {  // all loads before the first store, which may alias
                 x[k] = tile.load(memory + (block.first + k) * N);
