@@ -184,7 +184,7 @@ def _no_device(architectures: str) -> str | None:
 _PARTS = {"cpu": _cpu, "cuda": _cuda}
 _reasons: dict[tuple[str, bool, str], str | None] = {}
 _warned: set[str] = set()
-_POOLED = 1 << 17  # bytes from which the C library asks the system
+_POOLED = 1 << 15  # numbers from which, about, the C library asks the system
 
 
 def why_not(device_type: str, is_double: bool, operator: str) -> str | None:
@@ -242,8 +242,7 @@ def empty(like: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
 
     A training step would otherwise get all its memory from the system anew, at a page fault every 4 KB (csrc/pool.h).
     """
-    bytes = math.prod(sizes) * like.element_size()
-    if bytes >= _POOLED and like.is_cpu and type(like) is torch.Tensor and _cpu().reason is None:
+    if math.prod(sizes) >= _POOLED and like.is_cpu and type(like) is torch.Tensor and _cpu().reason is None:
         return torch.from_dlpack(_extension().pooled(sizes, like.dtype is torch.float64))
     return like.new_empty(sizes)
 
