@@ -172,8 +172,10 @@ def forward(
     weights = _contiguous((*weights, heads_weight, heads_bias))
     table = _table(weights)
     features, final, trail = allocate(plan, inputs)
-    x = _empty(inputs, (plan.T, plan.B, plan.G))
-    torch.mm(inputs.reshape(plan.T * plan.B, plan.I), weights[0][:, : plan.I].t(), out=x.flatten(0, 1))
+    rows = plan.T * plan.B
+    flat, weight = inputs.reshape(rows, plan.I), weights[0][:, : plan.I].t()
+    # A streamed step would notice the longer way.
+    x = flat.mm(weight) if rows == 1 else torch.mm(flat, weight, out=_empty(inputs, (rows, plan.G)))
     kept = [tensor.data_ptr() for tensor in trail] if keep else [0] * (len(Trail._fields) - 1)
     _native.call(
         "ntm_sequence",
@@ -188,7 +190,7 @@ def forward(
         features.data_ptr(),
         *kept[5:],
     )
-    return _results(features, final, [x, *trail] if keep else [])
+    return _results(features, final, [x.view(plan.T, plan.B, plan.G), *trail] if keep else [])
 
 
 def fake(inputs, memory, read_weights, write_weights, reads, state, weights, heads_weight, heads_bias, *rest) -> tuple:
