@@ -56,11 +56,12 @@ const char* cudaGetErrorString(cudaError_t error);  // of a launch that failed: 
 
 extern dim3 gridDim, blockDim, blockIdx, threadIdx;  // of the thread that runs
 
-// One of the suite's planted faults is switched on by its number (see plant.py); 0: none. What is compiled as it stands
-// never asks.
+// The number of the planted fault that is awake (see plant.py), 0 for none.
 extern int ntm_planted;
 
 namespace on_host {
+
+extern bool trace;  // whether every launch is told on stderr
 
 enum Meeting : char { block_barrier, warp_barrier, shuffle };
 struct Place {  // in the source, for messages; and threads that meet must meet there
@@ -74,7 +75,8 @@ void meet(Meeting, Place);
 std::uint64_t exchange(std::uint64_t bits, unsigned source, unsigned mask, Place);
 
 cudaError_t allow_shared(const void* kernel, int bytes);
-cudaError_t launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared, void (*thread)(void*), void* argument);
+cudaError_t launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared, void (*thread)(void*),
+                   void* argument);
 
 template <class T>
 T exchange(T value, unsigned source, unsigned mask, Place place) {

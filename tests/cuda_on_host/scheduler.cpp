@@ -9,6 +9,8 @@
 // - To ThreadSanitizer, every CUDA thread is a thread, and only barriers order what they do: __syncthreads for the
 //   block, __syncwarp for the warp, and a shuffle nothing. Blocks are not ordered either, so that it finds two that
 //   write to the same place although here one runs after the other.
+#include <cxxabi.h>
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -23,7 +25,7 @@
 #include <ucontext.h>
 #endif
 
-dim3 gridDim, blockDim, blockIdx, threadIdx;
+dim3 gridDim, blockDim, blockIdx(0, 0, 0), threadIdx(0, 0, 0);
 int ntm_planted = 0;
 
 extern "C" {
@@ -53,6 +55,9 @@ alignas(page) unsigned char ntm_shared_room[page + (228 << 10) + page];
 asm(".globl ntm_shared\n.hidden ntm_shared\n.set ntm_shared, ntm_shared_room + 4096");  // what the kernels see of it
 
 namespace on_host {
+
+bool trace = false;
+
 namespace {
 
 const bool address_sanitizer = __asan_poison_memory_region, thread_sanitizer = __tsan_create_fiber;
@@ -200,6 +205,8 @@ bool fault(const std::string& text) {
     return false;
 }
 
+bool reported = false;  // by a sanitizer: then the launch fails
+
 std::string described(unsigned index) {
     const Fiber& fiber = block_fibers[index];
     std::string text = "thread " + std::to_string(index);
@@ -214,7 +221,8 @@ std::string described(unsigned index) {
 bool together(unsigned a, unsigned b) {
     const Fiber &x = block_fibers[a], &y = block_fibers[b];
     if (x.state != y.state || x.state == Fiber::left) return x.state == y.state;
-    return x.meeting == y.meeting && x.place.line == y.place.line && std::string(x.place.file) == y.place.file;
+    const bool same_file = x.place.file == y.place.file || !std::strcmp(x.place.file, y.place.file);
+    return x.meeting == y.meeting && x.place.line == y.place.line && same_file;
 }
 
 // Runs a warp until its lanes have left or wait for the block.
@@ -222,7 +230,10 @@ bool run_warp(unsigned first) {
     const unsigned end = std::min(first + warp_size, blockDim.x);
     Fiber& leader = block_fibers[first];
     do {
-        for (unsigned i = first; i < end; ++i) resume(block_fibers[i], i);
+        for (unsigned i = first; i < end; ++i) {
+            resume(block_fibers[i], i);
+            if (reported) return fault("see the sanitizer's report");
+        }
         for (unsigned i = first; i < end; ++i)
             if (!together(first, i)) return fault("divergent: " + described(first) + ", " + described(i));
         if (leader.state == Fiber::waits && leader.meeting == shuffle) {
@@ -242,9 +253,10 @@ bool run_block(std::size_t size) {
     unsigned char *const room = ntm_shared_room, *const shared = room + page, *const end = shared + size;
     if (address_sanitizer) __asan_unpoison_memory_region(room, sizeof ntm_shared_room);
     // To ThreadSanitizer this memory is new: what earlier blocks did in its place is no race.
-    if (thread_sanitizer)
-        mmap(room, sizeof ntm_shared_room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-    std::fill(shared - guard, end + guard, 0xff);  // NaN as float and as double
+    const std::size_t used = page + (size + guard + page - 1) / page * page;
+    if (thread_sanitizer) mmap(room, used, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    // NaN as float and as double; by a loop, since memset would have the sanitizers look at every byte
+    for (volatile unsigned char* p = shared - guard; p != end + guard; ++p) *p = 0xff;
     if (address_sanitizer) {
         __asan_poison_memory_region(room, page);
         __asan_poison_memory_region(end, room + sizeof ntm_shared_room - end);
@@ -263,7 +275,7 @@ bool run_block(std::size_t size) {
     } while (block_fibers[0].state != Fiber::left);
     if (address_sanitizer) __asan_unpoison_memory_region(room, sizeof ntm_shared_room);
     for (std::size_t i = 0; i < guard; ++i) {
-        if (end[i] != 0xff) return fault("wrote behind its shared memory, " + std::to_string(i) + " bytes past its end");
+        if (end[i] != 0xff) return fault("wrote behind its shared memory, at +" + std::to_string(i));
         if (shared[-1 - i] != 0xff) return fault("wrote before its shared memory, at -" + std::to_string(i + 1));
     }
     return true;
@@ -280,6 +292,32 @@ std::size_t most_shared() {
 std::map<const void*, std::size_t>& allowed_shared() {
     static std::map<const void*, std::size_t> bytes;
     return bytes;
+}
+
+// --- a launch --------------------------------------------------------------------------------------------------------
+
+// As far as the dynamic linker knows it: in programs, not in a backend, which hides its names
+std::string name_of(const void* kernel) {
+    Dl_info found;
+    if (!dladdr(kernel, &found) || !found.dli_sname) return "a kernel";
+    char* name = abi::__cxa_demangle(found.dli_sname, nullptr, nullptr, nullptr);
+    const std::string text = name ? name : found.dli_sname;
+    std::free(name);
+    return text.substr(0, text.find('('));
+}
+
+// To ThreadSanitizer, what the threads did comes before what follows the launch: those say so that have left, and on
+// behalf of those that a failure has stopped it is said here.
+void join() {
+    if (!thread_sanitizer) return;
+    for (auto& set : fibers)
+        for (Fiber& fiber : set)
+            if (fiber.state == Fiber::waits) {
+                __tsan_switch_to_fiber(fiber.tsan_fiber, 1);
+                release(end_mark);
+            }
+    __tsan_switch_to_fiber(scheduler_tsan, 1);
+    acquire(end_mark);
 }
 
 }  // namespace
@@ -299,16 +337,18 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared
     if (shared > std::min(most, most_shared())) return failed(cudaErrorInvalidValue);
     if (!grid.x || !block.x || block.x > most_threads || grid.y * grid.z * block.y * block.z != 1)
         return failed(cudaErrorInvalidConfiguration);
+    if (trace)
+        std::fprintf(stderr, "launch %s of %u x %u, %zu bytes\n", name_of(kernel).c_str(), grid.x, block.x, shared);
     gridDim = grid, blockDim = block;
     thread_function = thread, thread_argument = argument;
     if (thread_sanitizer) scheduler_tsan = __tsan_get_current_fiber();
-    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-        if (run_block(shared)) continue;
-        std::fprintf(stderr, "cuda_on_host: %s\n", failure.c_str());
-        return failed(cudaErrorLaunchFailure);
-    }
-    acquire(end_mark);
-    return cudaSuccess;
+    reported = false;
+    bool right = true;
+    for (blockIdx.x = 0; right && blockIdx.x < grid.x; ++blockIdx.x) right = run_block(shared);
+    join();
+    if (right) return cudaSuccess;
+    std::fprintf(stderr, "cuda_on_host: %s\n", failure.c_str());
+    return failed(cudaErrorLaunchFailure);
 }
 
 void meet(Meeting meeting, Place place) {
@@ -317,7 +357,8 @@ void meet(Meeting meeting, Place place) {
     self.meeting = meeting;
     self.place = place;
     if (meeting == shuffle) return suspend();
-    char& mark = (meeting == block_barrier ? block_marks : warp_marks[threadIdx.x / warp_size])[self.met[meeting]++ % 2];
+    char* marks = meeting == block_barrier ? block_marks : warp_marks[threadIdx.x / warp_size];
+    char& mark = marks[self.met[meeting]++ % 2];
     release(mark);
     suspend();
     acquire(mark);
@@ -333,6 +374,12 @@ std::uint64_t exchange(std::uint64_t bits, unsigned source, unsigned mask, Place
 }
 
 }  // namespace on_host
+
+// The sanitizers call these after a report, where they do not end the program.
+extern "C" {
+void __tsan_on_report(void*) { on_host::reported = true; }
+void __asan_on_error() { on_host::reported = true; }
+}
 
 // --- the runtime -----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
-// The harness itself finds each kind of fault, in a kernel of a block and in one of warps. Without a fault it exits with
-// 0; with one, with 1 where the scheduler or the numbers tell, or as a sanitizer wants that does.
+// The harness finds each kind of fault, in a kernel of a block and in one of warps. Without a fault this exits with 0;
+// with one, with 1 where the scheduler or the numbers tell, or as a sanitizer wants that does.
 #include <cuda_runtime.h>
 
 #include <cstdio>
