@@ -1,15 +1,43 @@
 """The CUDA kernels where there is no GPU: compiled by g++ and run by tests/cuda_on_host, which finds what is wrong.
 
-The operator tests run them as the backend ``cuda_on_host``. Here are the harness's own tests.
+The operator tests run them as the backend ``cuda_on_host``. Here the same calls are repeated under the sanitizers, with
+the kernels as they are and with faults planted in them; and the harness itself is tested.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
+import os
+import re
 import subprocess
+from pathlib import Path
+from typing import Callable, NamedTuple
 
 import pytest
-from comparison import required
-from cuda_on_host import build
+import torch
+from comparison import CUDA_ON_HOST, OPERATORS, Case, check, required
+from cuda_on_host import build, plant
+
+from ntm_fast import _native, ops
+
+
+def need(kind: str) -> None:
+    reason = build.missing(kind)
+    if reason and required("cuda_on_host"):
+        pytest.fail(f"NTM_TEST_REQUIRE names cuda_on_host, which cannot be tested: {reason}")
+    if reason:
+        pytest.skip(reason)
+
+
+def run(*command: str | Path, **environment: str) -> tuple[int, str]:
+    """The exit code, and everything that was printed."""
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, **both, text=True, errors="replace", env={**os.environ, **environment})
+    return done.returncode, done.stdout
+
+
+# --- the harness ------------------------------------------------------------------------------------------------------
 
 SELFTEST = build.HERE / "selftest.cpp"
 # What finds each fault that selftest.cpp plants, and its words.
@@ -31,20 +59,6 @@ HARNESS_FINDS = [
 ]
 
 
-def need(kind: str) -> None:
-    reason = build.missing(kind)
-    if reason and required("cuda_on_host"):
-        pytest.fail(f"NTM_TEST_REQUIRE names cuda_on_host, which cannot be tested: {reason}")
-    if reason:
-        pytest.skip(reason)
-
-
-def run(program, *arguments: str) -> tuple[int, str]:
-    """The exit code, and everything that was printed."""
-    done = subprocess.run([program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return done.returncode, done.stdout
-
-
 def selftest(kind: str, fault: str, team: str) -> tuple[int, str]:
     need(kind)
     return run(build.compiled((SELFTEST,), "selftest", kind), fault, team)
@@ -61,3 +75,208 @@ def test_harness_runs_what_is_right(kind: str, team: str) -> None:
 def test_harness_finds(fault: str, kind: str, words: str, team: str) -> None:
     code, printed = selftest(kind, fault, team)
     assert code != 0 and words in printed, printed
+
+
+# --- calls, recorded from the operators and repeated by replay.cpp ----------------------------------------------------
+
+MANY = dict(B=25, N=45, M=7, H=2, R=1, W=2, S=1)  # a warp each, four of them in a block
+FEW = dict(B=5, N=70, M=9, H=2, R=2, W=2, S=2)  # a block each, of three warps
+LARGE = dict(B=1, N=230, M=70, H=1)  # of eight warps, which sum fewer rows at once
+READ_FIRST = {"options": (("read_first", True),)}
+# With the bytes of shared memory that a block may have: enough for all, for some, for no more than the block's own.
+CASES = [
+    *((MANY, torch.float32, 49152), (FEW, torch.float32, 49152), (LARGE, torch.float32, 131072)),
+    *((FEW, torch.float32, 6144), (FEW, torch.float32, 4160)),
+    *((FEW, torch.float64, 49152), (FEW, torch.float64, 8256)),
+]
+
+
+class Recorder:
+    """Stands in for ``_native.call`` and writes the calls as replay.cpp reads them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.call = path, _native.call
+
+    def __call__(self, name: str, like: torch.Tensor, *values) -> None:
+        op = ops._BY_NAME[name.removesuffix("_backward")]
+        dims = dict(zip(op.sizes, values))
+        if op.derived:
+            dims |= op.derived(dims, *([dims["K"] // 2] if op.options else []))
+        inputs, outputs = list(op.inputs.values()), list(op.outputs.values())
+        if name != op.name:
+            inputs, outputs = [*inputs, *(op.outputs[saved] for saved in op.saved), *outputs], inputs
+        count = len(inputs) + len(outputs)
+        scalars, addresses = values[:-count], values[-count:]
+        sizes = [like.element_size() * math.prod(dims[letter] for letter in letters) for letters in inputs + outputs]
+        before = [ctypes.string_at(*array) for array in zip(addresses, sizes)]
+        self.call(name, like, *values)
+        after = [ctypes.string_at(*array) for array in zip(addresses, sizes)]
+        words = [name, os.environ["NTM_HOST_SHARED"], int(like.dtype is torch.float64), len(scalars)]
+        words += [*map(float, scalars), len(inputs), *sizes[: len(inputs)], len(outputs), *sizes[len(inputs) :]]
+        with self.path.open("ab") as file:
+            file.write(f"{' '.join(map(str, words))}\n".encode())
+            file.write(b"".join([*before[: len(inputs)], *after[len(inputs) :]]))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> dict[str, Path]:
+    """For every operator, the file with its calls. What they gave has been compared with the reference."""
+    need("plain")
+    folder = tmp_path_factory.mktemp("calls")
+    files = {op: folder / op for op in OPERATORS}
+    for op, path in files.items():
+        with pytest.MonkeyPatch.context() as patch:
+            CUDA_ON_HOST.activate(patch)
+            patch.setattr(_native, "call", Recorder(path))
+            for sizes, dtype, shared in CASES:
+                patch.setenv("NTM_HOST_SHARED", str(shared))
+                for options in ({}, READ_FIRST) if op == "memory_step" else ({},):
+                    check(Case(op, dtype=dtype, **sizes, **options), CUDA_ON_HOST)
+    return files
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> Callable[[str], Path]:
+    """replay.cpp around the kernels, by kind, with the faults asleep in them."""
+    copy = tmp_path_factory.mktemp("planted") / "csrc"
+    plant.plant(copy)
+    sources = (*sorted(copy.glob("cuda/*.cu")), build.HERE / "replay.cpp")
+
+    def program(kind: str) -> Path:
+        need(kind)
+        return build.compiled(sources, "replay", kind, copy)
+
+    return program
+
+
+class Outcome(NamedTuple):
+    kernel: str  # read, read_backward ...
+    way: str  # that csrc/cuda/plan.h took
+    right: bool
+    printed: str
+
+
+def replay(program: Path, calls: list[Path], fault: str | None = None) -> list[Outcome]:
+    """What became of each call. After a sanitizer's report the others go on where a fault is planted."""
+    number = plant.FAULTS.index(fault) + 1 if fault else 0
+    go_on = {
+        "ASAN_OPTIONS": "halt_on_error=0:suppress_equal_pcs=0:symbolize=0",
+        "TSAN_OPTIONS": "suppress_equal_stacks=0:suppress_equal_addresses=0:symbolize=0",
+    }
+    code, printed = run(program, str(number), *calls, **(go_on if fault else {}))
+    outcomes = []
+    for text in printed.split("call ")[1:]:
+        team = re.search(r"for_each_item<ntm::cuda::(Warp|Block)<\w+(?:, (true|false))?>", text)
+        assert team, f"no kernel was launched:\n{text}"
+        way = {"Warp": "warps", "true": "block", "false": "unstaged"}[team[2] or team[1]]
+        way = "workspace" if "workspace of" in text else way
+        outcomes.append(Outcome(text.split()[0], way, "\nright\n" in text, text))
+    assert "that was all" in printed, printed[-5000:]
+    assert (code == 0) == all(outcome.right for outcome in outcomes), f"exit code {code}:\n{printed}"
+    return outcomes
+
+
+# --- every kernel under the sanitizers --------------------------------------------------------------------------------
+
+KERNELS = {f"{op}{direction}" for op in OPERATORS for direction in ("", "_backward")}
+
+
+def both(*operators: str) -> set[str]:
+    return {kernel for kernel in KERNELS if kernel.removesuffix("_backward") in operators}
+
+
+def backward(*operators: str) -> set[str]:
+    return {f"{op}_backward" for op in operators}
+
+
+# What the kernels do, from which follows what can go wrong in them
+STAGED = KERNELS - both("interpolate", "lstm_gates", "gru_gates")  # copy something to scratch
+SCRATCH = both(
+    "content_addressing", "circular_shift", "address", "memory_step"
+)  # need some even where nothing is staged
+RINGS = both("circular_shift", "address", "memory_step")
+SUMS = both("content_addressing", "sharpen", "address", "memory_step") | backward("interpolate")
+ROWS = {"read"} | both("memory_step") | backward("content_addressing", "circular_shift", "address", "erase_add_write")
+NUMBERS = backward("content_addressing", "interpolate", "sharpen", "address", "memory_step")  # one by one
+
+BLOCKS = {"block", "unstaged", "workspace"}
+WAYS = {(kernel, way) for kernel in KERNELS for way in ("warps", *BLOCKS)}
+WAYS -= {(kernel, "workspace") for kernel in KERNELS - SCRATCH} | {(kernel, "warps") for kernel in both("memory_step")}
+
+
+@pytest.mark.parametrize("kind", ("address", "thread"))
+def test_every_kernel_is_clean(recorded, programs, kind: str) -> None:
+    """And gives the same bits as without the sanitizer."""
+    outcomes = replay(programs(kind), list(recorded.values()))
+    for outcome in outcomes:
+        assert outcome.right, outcome.printed
+    assert {(outcome.kernel, outcome.way) for outcome in outcomes} == WAYS
+
+
+# --- planted faults ---------------------------------------------------------------------------------------------------
+
+
+class Fault(NamedTuple):
+    kind: str
+    words: str  # of what finds it
+    where: Callable[[str, str], bool]  # whether a kernel has it that runs in that way
+
+
+FAULTS = {
+    "no __syncthreads": Fault(
+        "thread",
+        "data race",
+        lambda k, way: way in BLOCKS and k in SUMS | ROWS | RINGS or way == "block" and k in STAGED,
+    ),
+    "no __syncwarp": Fault("thread", "data race", lambda k, way: way == "warps" and k in STAGED),
+    "no barrier in rows": Fault("thread", "data race", lambda k, way: way in BLOCKS and k in ROWS),
+    "no barrier in sums": Fault("thread", "data race", lambda k, way: way in BLOCKS and k in SUMS),
+    # Everywhere else a barrier or a sum comes before an item's scratch is written again.
+    "no barrier between items": Fault(
+        "thread", "data race", lambda k, way: (k, way) == ("circular_shift", "workspace")
+    ),
+    "half a block in __syncthreads": Fault("address", "divergent", lambda k, way: way in BLOCKS),
+    "half a warp in __syncwarp": Fault("address", "divergent", lambda k, way: way == "warps"),
+    "half a warp in a shuffle": Fault("address", "divergent", lambda k, way: k in SUMS | ROWS),
+    "tiles go one too far": Fault("address", "", lambda k, way: True),  # next to an array, or in another with numbers
+    "scratch one too far": Fault(
+        "address", "use-after-poison", lambda k, way: k in {"unstaged": SCRATCH, "workspace": ()}.get(way, STAGED)
+    ),
+    "workspace too small": Fault("address", "use-after-poison", lambda k, way: way == "workspace"),
+    "last element unwritten": Fault("address", "other numbers", lambda k, way: k != "read"),  # which writes by rows
+    "number unwritten": Fault("address", "other numbers", lambda k, way: k in NUMBERS),
+    "row unwritten": Fault("address", "other numbers", lambda k, way: k in ROWS),
+    "copy one short": Fault("address", "other numbers", lambda k, way: k in STAGED and way in ("warps", "block")),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_found(recorded, programs, name: str) -> None:
+    """In every kernel that has them, and nothing is found in the others."""
+    fault = FAULTS[name]
+    wrong = [outcome for outcome in replay(programs(fault.kind), list(recorded.values()), name) if not outcome.right]
+    found = {(outcome.kernel, outcome.way) for outcome in wrong}
+    expected = {(kernel, way) for kernel, way in WAYS if fault.where(kernel, way)}
+    assert found == expected, f"missed: {sorted(expected - found)}, found besides: {sorted(found - expected)}"
+    for outcome in wrong:
+        assert fault.words in outcome.printed, outcome.printed
+
+
+# Barriers in memory_step that a team's promises ask for, but whose loss its kernels do not show: they are for blocks
+# alone, whose sums are barriers too, and the other heads' barriers come after the write vectors.
+UNNOTICED = {"head 1", "memory_step 1"}
+
+
+@pytest.mark.parametrize("name", plant.BARRIERS)
+def test_every_barrier_of_the_operators_is_needed(recorded, programs, name: str) -> None:
+    file, _ = plant.BARRIERS[name]
+    operator = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.split()[0].removesuffix("Backward")).lower()
+    operator = {"core/shift.h": "circular_shift", "core/element.h": operator}.get(file, "memory_step")
+    wrong = [outcome for outcome in replay(programs("thread"), [recorded[operator]], name) if not outcome.right]
+    assert all("data race" in outcome.printed for outcome in wrong)
+    assert bool(wrong) != (name in UNNOTICED)
+
+
+def test_every_planted_fault_is_tested() -> None:
+    assert {*FAULTS, *plant.BARRIERS} == {*plant.FAULTS}
+    assert UNNOTICED <= {*plant.BARRIERS}

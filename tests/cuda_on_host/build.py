@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,6 +28,7 @@ KINDS = {
     # What is left out costs minutes on code as inlined as this.
     "address": [
         "-fsanitize=address,undefined",
+        "-fsanitize-recover=address",  # where ASAN_OPTIONS says so
         "-fno-sanitize=null,alignment,pointer-overflow",
         "-fno-sanitize-recover=undefined",
         "-fno-sanitize-address-use-after-scope",
@@ -75,8 +77,8 @@ def _compiled(sources: tuple[Path, ...], product: str, kind: str, csrc: Path, di
     if result.exists():
         return result
     result.parent.mkdir(parents=True, exist_ok=True)
-    for stale in BUILT.iterdir():  # of another digest, and unused for an hour: a test run may still need it
-        if stale.name != digest and stale.stat().st_mtime < os.stat(BUILT).st_mtime - 3600:
+    for stale in BUILT.iterdir():  # of other sources; what is young may still be in use
+        if stale.name != digest and time.time() - stale.stat().st_mtime > 24 * 3600:
             shutil.rmtree(stale, ignore_errors=True)
     backend = product.endswith(".so")
     # A program names the kernels it launches.

@@ -1,0 +1,90 @@
+"""Faults in a copy of the kernels. Each sleeps until the program is told its number, which is its place in FAULTS."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from . import build
+
+# Where, what stands there, once, and what stands in the copy: PLANTED("name") is 1 where that fault was called, else 0.
+SITES = [
+    (
+        "cuda/team.h",
+        "{ __syncthreads(); }",
+        '{ if (!PLANTED("no __syncthreads") && !(PLANTED("half a block in __syncthreads") && rank() < size() / 2)) '
+        "__syncthreads(); }",
+    ),
+    (
+        "cuda/team.h",
+        "{ __syncwarp(); }",
+        '{ if (!PLANTED("no __syncwarp") && !(PLANTED("half a warp in __syncwarp") && rank() < 16)) __syncwarp(); }',
+    ),
+    ("cuda/team.h", "sync();\n            this->each(", 'if (!PLANTED("no barrier in rows")) sync();\n this->each('),
+    ("cuda/team.h", "sync();\n        x = place[0];", 'if (!PLANTED("no barrier in sums")) sync();\n x = place[0];'),
+    ("cuda/launch.h", "team.sync();", 'if (!PLANTED("no barrier between items")) team.sync();'),
+    (
+        "cuda/team.h",
+        "x = f(x, __shfl_xor_sync(",
+        'if (!PLANTED("half a warp in a shuffle") || threadIdx.x % 32 < 16) x = f(x, __shfl_xor_sync(',
+    ),
+    (
+        "cuda/team.h",
+        "i < n; i += W * self().size()) f(Tile<T, W>{i, n, self().size()})",
+        'i < n + PLANTED("tiles go one too far"); i += W * self().size()) '
+        'f(Tile<T, W>{i, n + PLANTED("tiles go one too far"), self().size()})',
+    ),
+    (
+        "cuda/team.h",
+        "if (begin + i * stride < n) p[",
+        'if (begin + i * stride < n - PLANTED("last element unwritten")) p[',
+    ),
+    ("cuda/team.h", "if (self().rank() == 0) f();", 'if (self().rank() == -PLANTED("number unwritten")) f();'),
+    ("cuda/team.h", "if (lane < part.count) then", 'if (lane < part.count - PLANTED("row unwritten")) then'),
+    ("cuda/team.h", "each(n - vectors * numbers, ", 'each(n - vectors * numbers - PLANTED("copy one short"), '),
+    ("cuda/launch.h", "own * scratch}", '(own + PLANTED("scratch one too far")) * scratch}'),
+    ("cuda/plan.h", "few * d.unstaged * d.real}", '(few - PLANTED("workspace too small")) * d.unstaged * d.real}'),
+]
+
+
+def _barriers() -> dict[str, tuple[str, int]]:
+    """Every team.sync() of what the operators do: its name, after what it stands in, and its file and line."""
+    found: dict[str, tuple[str, int]] = {}
+    for path in sorted(build.CSRC.glob("core/*.h")):
+        if path.name == "sequence.h":  # not served on CUDA yet
+            continue
+        inside, count = "", 0
+        for number, line in enumerate(path.read_text().splitlines()):
+            begins = re.match(r"struct (\w+)|\s*NTM_FN [^(]*?(?!operator)(\w+)\(const Team& team", line)
+            if begins:
+                inside, count = begins[1] or begins[2], 0
+            if line.strip() == "team.sync();":
+                count += 1
+                assert f"{inside} {count}" not in found
+                found[f"{inside} {count}"] = (f"core/{path.name}", number)
+    return found
+
+
+BARRIERS = _barriers()
+FAULTS = [*dict.fromkeys(re.findall(r'PLANTED\("(.*?)"\)', " ".join(wrong for _, _, wrong in SITES))), *BARRIERS]
+
+
+def _numbered(fault: str) -> str:
+    return f"(ntm_planted == {FAULTS.index(fault) + 1})"
+
+
+def plant(copy: Path) -> None:
+    """Copy the sources and plant all faults in the copy."""
+    shutil.copytree(build.CSRC, copy)
+    for name, (file, number) in BARRIERS.items():
+        lines = (copy / file).read_text().splitlines(keepends=True)
+        lines[number] = lines[number].replace("team.sync();", f"if (!{_numbered(name)}) team.sync();")
+        (copy / file).write_text("".join(lines))
+    for file, right, wrong in SITES:
+        text = (copy / file).read_text()
+        assert text.count(right) == 1, f"{file} has {text.count(right)} times the place of a planted fault: {right}"
+        wrong = re.sub(r'PLANTED\("(.*?)"\)', lambda fault: _numbered(fault[1]), wrong)
+        (copy / file).write_text(text.replace(right, wrong))
+    for path in copy.rglob("*.h"):  # in front of the first line, so that lines keep their numbers
+        path.write_text("extern int ntm_planted;  " + path.read_text())
