@@ -143,6 +143,17 @@ def required(name: str) -> bool:
     return name in os.environ.get("NTM_TEST_REQUIRE", "").split(",")
 
 
+def usable(backend: Backend, monkeypatch) -> Backend:
+    """Skips, with the reason, what this machine lacks, unless NTM_TEST_REQUIRE says that it must be there."""
+    backend.activate(monkeypatch)
+    reason = backend.missing()
+    if reason and required(backend.name):
+        pytest.fail(f"NTM_TEST_REQUIRE names {backend.name}, which cannot serve: {reason}")
+    if reason:
+        pytest.skip(f"{backend.name} cannot serve: {reason}")
+    return backend
+
+
 class Poison:
     """Stands in for ``ops._empty``: fresh outputs are full of NaN, between guards that nobody may touch."""
 

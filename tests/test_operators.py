@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from comparison import (
+    BACKENDS,
+    CUDA_ON_HOST,
     EXTREMES,
     LAYOUTS,
     OPERATORS,
@@ -20,6 +22,7 @@ from comparison import (
     check,
     evaluate,
     sweep,
+    usable,
 )
 from torch import Tensor
 
@@ -27,6 +30,12 @@ import ntm_fast
 from ntm_fast import _native, ops, reference
 
 DTYPES = (torch.float32, torch.float64)
+
+
+@pytest.fixture(params=[*BACKENDS, CUDA_ON_HOST], ids=lambda backend: backend.name)
+def backend(request, monkeypatch) -> Backend:
+    """The torch side too, for it tells kernels of both kinds apart: those of CUDA may ask for a workspace."""
+    return usable(request.param, monkeypatch)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
