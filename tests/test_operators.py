@@ -89,6 +89,21 @@ def test_sizes(kernels: Backend, op: str, dtype: torch.dtype) -> None:
         check(sized(op, index, dtype=dtype), kernels)
 
 
+LARGEST = (
+    Case("interpolate", B=70_000, N=2, H=1),  # more than the 65,535 blocks of a CUDA grid in any direction but x
+    Case("read", B=1, N=16_384, M=512, H=1),
+    Case("content_addressing", B=1, N=16_384, M=33, H=16),
+    Case("address", B=1, N=1024, M=512, H=2, S=8),
+    Case("memory_step", B=1, N=16_384, M=16, S=3),
+    Case("memory_step", B=2, N=128, M=20, R=8, W=8),
+)
+
+
+@pytest.mark.parametrize("case", LARGEST, ids=lambda case: case.op)
+def test_the_largest_sizes(kernels: Backend, case: Case) -> None:
+    check(case, kernels)
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_layouts(kernels: Backend, op: str, layout: str) -> None:
