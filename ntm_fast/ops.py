@@ -277,15 +277,26 @@ def _define_sequence() -> None:
 _define_sequence()
 
 
-def _nested(tensors: Sequence[Tensor], controller: str) -> tuple:
+def nested(tensors: Sequence[Tensor], controller: str) -> tuple:
     """ntm_sequence's tensors in a row -> as its signature groups them."""
     states = len(reference.CONTROLLERS[controller].state)
     return *tensors[:5], tensors[5 : 5 + states], tensors[5 + states : -2], *tensors[-2:]
 
 
+def in_a_row(arguments: tuple) -> tuple[Tensor, ...]:
+    """The reverse of :func:`nested`."""
+    *before, state, weights, heads_weight, heads_bias = arguments
+    return *before, *state, *weights, heads_weight, heads_bias
+
+
+def grouped(outputs: tuple[Tensor, ...]) -> tuple:
+    """ntm_sequence's outputs in a row -> as its signature groups them."""
+    return *outputs[:5], outputs[5:]
+
+
 def flat_sequence(*tensors: Tensor, controller: str, **options: Any) -> tuple[Tensor, ...]:
     """The reference, tensors in a row in and out."""
-    *outputs, state = reference.ntm_sequence(*_nested(tensors, controller), controller=controller, **options)
+    *outputs, state = reference.ntm_sequence(*nested(tensors, controller), controller=controller, **options)
     return *outputs, *state
 
 
@@ -298,7 +309,7 @@ def _run_sequence(*args: Any, keep: bool = False) -> tuple[tuple[Tensor, ...], l
     """Tensors and options in a row -> features and final state in a row, and the trail."""
     tensors, options = args[: -len(_SEQUENCE_OPTIONS)], args[-len(_SEQUENCE_OPTIONS) :]
     kernel = torch.ops.ntm_fast.ntm_sequence.default if _watched() else sequence.forward
-    *outputs, state, trail = kernel(*_nested(tensors, options[0]), *options, keep)
+    *outputs, state, trail = kernel(*nested(tensors, options[0]), *options, keep)
     return (*outputs, *state), trail
 
 
@@ -326,7 +337,7 @@ class _NTMSequence(torch.autograd.Function):
             twin = functools.partial(flat_sequence, **dict(zip(_SEQUENCE_OPTIONS, ctx.options)))
             return (*grads_through(twin, tensors, grads), *nones)
         needs_inputs = ctx.needs_input_grad[0]
-        arguments = *_nested(tensors, ctx.options[0]), features, memory, trail, *grads[:5], grads[5:]
+        arguments = *nested(tensors, ctx.options[0]), features, memory, trail, *grads[:5], grads[5:]
         if _watched():
             found = torch.ops.ntm_fast.ntm_sequence_backward.default(*arguments, *ctx.options, needs_inputs)
         else:  # the trail may go, unless backward may be asked for once more
@@ -609,18 +620,14 @@ def ntm_sequence(
     }
     state, weights = tuple(state), tuple(weights)
     describe = _sequence_operator if torch.compiler.is_compiling() else _cached_sequence_operator
-    return _grouped(
+    return grouped(
         _call(
             describe(controller, len(state), len(weights)),
-            (inputs, memory, read_weights, write_weights, reads, *state, *weights, heads_weight, heads_bias),
+            in_a_row((inputs, memory, read_weights, write_weights, reads, state, weights, heads_weight, heads_bias)),
             options,
             why_no_sequence(controller),
         )
     )
-
-
-def _grouped(outputs: tuple[Tensor, ...]) -> tuple:
-    return *outputs[:5], outputs[5:]
 
 
 def checked_sequence(
@@ -630,9 +637,7 @@ def checked_sequence(
     *options, checkpoint = options
     options.append(_CHECKPOINTS.get(checkpoint, checkpoint))
     if torch.is_grad_enabled() or _watched() or transforming():
-        *memory, state, weights, heads_weight, heads_bias = arguments
-        tensors = *memory, *state, *weights, heads_weight, heads_bias
-        return _grouped(_serve(_NTMSequence, tensors, dict(zip(_SEQUENCE_OPTIONS, options))))
+        return grouped(_serve(_NTMSequence, in_a_row(arguments), dict(zip(_SEQUENCE_OPTIONS, options))))
     *outputs, state, _ = sequence.forward(*arguments, *options, False)
     return *outputs, tuple(state)
 

@@ -12,7 +12,6 @@ state of the layer below for the others.
 from __future__ import annotations
 
 import functools
-from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -205,9 +204,8 @@ class StepTape:
 
     def __init__(self, controller: str, options: dict, keep: bool, inputs: Tensor, tensors: tuple[Tensor, ...]):
         kind = reference.CONTROLLERS[controller]
-        states = 4 + len(kind.state)
-        memory, read_weights, write_weights, reads, *state = tensors[:states]
-        *weights, self.heads_weight, self.heads_bias = tensors[states:]
+        nested = ops.nested((inputs, *tensors), controller)
+        _, memory, read_weights, write_weights, reads, state, weights, self.heads_weight, self.heads_bias = nested
         self.keep = keep
         self.steps, self.batch, _ = inputs.shape
         shift_range, *scalars = ({**options, "eps": ops.EPS}).values()
@@ -354,24 +352,9 @@ def can_serve(inputs: Tensor) -> bool:
     )
 
 
-def run(
-    inputs: Tensor,
-    memory: Tensor,
-    read_weights: Tensor,
-    write_weights: Tensor,
-    reads: Tensor,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    heads_weight: Tensor,
-    heads_bias: Tensor,
-    *,
-    controller: str,
-    **options,
-) -> tuple:
+def run(*arguments, controller: str, **options) -> tuple:
     """:func:`ops.ntm_sequence`, its arguments checked; ``options`` are those of memory_step."""
-    tensors = memory, read_weights, write_weights, reads, *state, *weights, heads_weight, heads_bias
+    inputs, *tensors = ops.in_a_row(arguments)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (inputs, *tensors)):
-        features, *final = _Sequence.apply(controller, options, inputs, *tensors)
-    else:
-        features, *final = StepTape(controller, options, False, inputs, tensors).forward()
-    return features, *final[:4], tuple(final[4:])
+        return ops.grouped(_Sequence.apply(controller, options, inputs, *tensors))
+    return ops.grouped(StepTape(controller, options, False, inputs, tuple(tensors)).forward())
