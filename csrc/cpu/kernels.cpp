@@ -62,7 +62,7 @@ template <class T, class F>
 Error parallel(Size items, Size cost, Size scratch, const Launch& launch, F f) {
     if (items == 0) return nullptr;
     const Size threads = std::max<Size>(1, std::min({Size(launch.threads), items, items * cost / grain}));
-    const Size piece = (scratch + 15) / 16 * 16;
+    const Size piece = Arena<T>::size(scratch);
     const Scratch<T, 0> memory(threads * piece);
     if (scratch != 0 && !memory.get()) return out_of_memory;
     // One copy of the code, whether one thread runs it or several: in two, the compiler may fuse different products and
@@ -111,10 +111,10 @@ struct PackedSequence {
     }
     static Size size(const SequenceSizes& s, bool backward) {
         const Size G = s.gates();
-        Size total = size(s.H, s.step.params(), backward) + 16;
+        Size total = room(size(s.H, s.step.params(), backward));
         for (Size l = 0; l < s.L; ++l)
-            total += s.gru ? size(s.fed(l), G, backward) + size(s.H, G, backward) + 32
-                           : size(s.joined(l), G, backward) + G + 32;
+            total += s.gru ? room(size(s.fed(l), G, backward), size(s.H, G, backward))
+                           : room(size(s.joined(l), G, backward), G);
         return total;
     }
 

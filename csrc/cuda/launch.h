@@ -14,7 +14,8 @@ namespace ntm::cuda {
 // Items are strided over teams, so that any number of them is served. Each team has `scratch` numbers, in the workspace
 // where there is one, else in shared memory.
 template <class Team, class Body, class T = typename Body::Real>
-__global__ void __launch_bounds__(Team::max_threads, Team::min_blocks) for_each_item(Body body, Size items, Size scratch, T* workspace) {
+__global__ void __launch_bounds__(Team::max_threads, Team::min_blocks)
+    for_each_item(Body body, Size items, Size scratch, T* workspace) {
     T* const shared = reinterpret_cast<T*>(ntm_shared);
     const Team team(shared);
     const int teams = blockDim.x / team.size(), own = threadIdx.x / team.size();
@@ -91,7 +92,9 @@ cudaError_t enqueue(const Body& body, const Plan& plan, const Launch& launch) {
 // float64 is there to check gradients with: one kernel for all its sizes. And one item of a memory step keeps several
 // warps busy: it takes so much shared memory that too few single ones would fit.
 template <class Body>
-constexpr Kernels kernels = {sizeof(typename Body::Real) == sizeof(float), sizeof(typename Body::Real) == sizeof(float)};
+constexpr bool single = sizeof(typename Body::Real) == sizeof(float);
+template <class Body>
+constexpr Kernels kernels = {single<Body>, single<Body>};
 template <>
 constexpr Kernels kernels<MemoryStep<float>> = {false, true};
 template <>
