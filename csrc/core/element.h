@@ -15,12 +15,6 @@
 
 namespace ntm {
 
-// The room that pieces of these sizes take in an arena.
-template <class... Sizes>
-constexpr Size room(Sizes... sizes) {
-    return (0 + ... + Arena<char>::size(sizes));
-}
-
 // A ring with a copy of x, [N]
 template <class Team, class T = typename Team::Real>
 NTM_FN T* ring_of(const Team& team, Arena<T>& arena, Size N, Size K, const T* x) {

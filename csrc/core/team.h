@@ -92,6 +92,12 @@ struct Arena {
     }
 };
 
+// The room that pieces of these sizes take in an arena.
+template <class... Sizes>
+constexpr Size room(Sizes... sizes) {
+    return (0 + ... + Arena<char>::size(sizes));
+}
+
 // x = 0
 template <class Team, class T = typename Team::Real>
 NTM_FN void clear(const Team& team, Index count, T* x) {

@@ -91,13 +91,23 @@ struct OnThreads {
 
 constexpr Size sequence_tile = 8;  // elements that share a pass over the weights
 
-// A thread with the product that a sequence needs
+// What a sequence needs: one thread does it all.
 template <class T>
-struct SequenceThread : Thread<T> {
+struct SequenceThread {
+    using Real = T;
+    static constexpr bool staged = false, holds_memory = false;
+    static constexpr Size rooms(Size) { return 1; }
+
+    void sync() const {}
     void product(Size E, Size K, Size C, const T* in, const T* packed, T* out) const {
         cpu::product(E, K, C, in, packed, out);
     }
+    template <class F>
+    NTM_FN void elements(Size E, F&& f) const {
+        for (Size e = 0; e < E; ++e) f(Thread<T>{}, e, Size(0));
+    }
 };
+constexpr SequenceStaging in_place = {false, false, 1};
 
 // The weights of a whole sequence, packed for one direction, and its biases
 template <class T>
@@ -174,7 +184,7 @@ Error ntm_sequence(Launch launch, SequenceSizes s, StepOptions o, int keep, cons
                    SequenceState<const T> initial, SequenceState<T> final, SequenceTrail<T> trail) {
     const PackedSequence<T> packed(s, weights, false);
     if (!packed.storage.get()) return out_of_memory;
-    const Size scratch_size = sequence_scratch(s, std::min(s.B, sequence_tile), keep != 0);
+    const Size scratch_size = sequence_scratch(s, std::min(s.B, sequence_tile), keep != 0, in_place);
     return sequence_tiles<T>(s, scratch_size, launch, [&](auto team, Size first, Size count, T* scratch) {
         sequence(team, s, o, first, count, keep != 0, packed.weights, initial, final, trail, scratch);
     });
@@ -187,10 +197,11 @@ Error ntm_sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const
                             SequenceGrads<T> out) {
     const PackedSequence<T> packed(s, weights, true);
     if (!packed.storage.get()) return out_of_memory;
-    const Size scratch_size = sequence_backward_scratch(s, std::min(s.B, sequence_tile));
-    return sequence_tiles<T>(s, scratch_size, launch, [&](auto team, Size first, Size count, T* scratch) {
+    const Size E = std::min(s.B, sequence_tile), scratch_size = sequence_backward_scratch(s, E, in_place);
+    const Size with_segment = room(scratch_size) + sequence_segment(s, E);
+    return sequence_tiles<T>(s, with_segment, launch, [&](auto team, Size first, Size count, T* scratch) {
         sequence_backward(team, s, o, first, count, packed.weights, initial, final_memory, trail, grad_features,
-                          grad_final, grad, out, scratch);
+                          grad_final, grad, out, scratch, scratch + room(scratch_size));
     });
 }
 
