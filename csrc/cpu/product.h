@@ -76,51 +76,71 @@ inline void pad(Size K, Size C, T* packed) {
     for (Size k = 0; k < K; ++k) std::fill_n(panel + k * panel_width<T> + place, panel_width<T> - place, T(0));
 }
 
-// R rows by Q panels
-template <int R, int Q, class T>
-NTM_FN void product_block(Size K, Size C, Index begin, const T* in, const T* packed, T* out) {
+// R rows by W vectors, from an even one on. in(r, k) is a number that is multiplied.
+template <int R, int W, class T, class In>
+NTM_FN void product_block(Size K, Size C, Index begin, In&& in, const T* packed, T* out) {
     using V = Vector<T, lanes<T>>;
     constexpr int width = panel_width<T>;
-    V sums[R][2 * Q] = {};
+    V sums[R][W] = {};
     const T* panel = packed + begin * K;
     for (Size k = 0; k < K; ++k) {
-        V weight[2 * Q];
-        unroll<2 * Q>([&](auto q) NTM_INLINE {
-            weight[q] = FullTile<T>{0}.load(panel + q / 2 * width * K + k * width + q % 2 * lanes<T>);
+        V weight[W];
+        unroll<W>([&](auto v) NTM_INLINE {
+            weight[v] = FullTile<T>{0}.load(panel + v / 2 * width * K + k * width + v % 2 * lanes<T>);
         });
         unroll<R>([&](auto r) NTM_INLINE {
-            const T x = in[r * K + k];
-            unroll<2 * Q>([&](auto q) NTM_INLINE { sums[r][q] += x * weight[q]; });
+            const T x = in(r, k);
+            unroll<W>([&](auto v) NTM_INLINE { sums[r][v] += x * weight[v]; });
         });
     }
     unroll<R>([&](auto r) NTM_INLINE {
-        unroll<2 * Q>([&](auto q) NTM_INLINE {
-            const Index c = begin + q * lanes<T>;
+        unroll<W>([&](auto v) NTM_INLINE {
+            const Index c = begin + v * lanes<T>;
             T* row = out + r * C;
             if (c + lanes<T> <= C) {
                 const FullTile<T> tile{c};
-                tile.store(row, tile.load(row) + sums[r][q]);
+                tile.store(row, tile.load(row) + sums[r][v]);
             } else if (c < C) {
                 const TailTile<T> tile{c, static_cast<int>(C - c)};
-                tile.store(row, tile.load(row) + sums[r][q]);
+                tile.store(row, tile.load(row) + sums[r][v]);
             }
         });
     });
 }
 
+// R rows by all columns, W vectors at a time, so many that no sum waits for the one before it; what is left by 2 and 1.
+template <int R, int W, class T, class In>
+NTM_FN void product_rows(Size K, Size C, In&& in, const T* packed, T* out) {
+    Index c = 0;
+    auto blocks = [&](auto vectors, Index begun) NTM_INLINE {
+        for (; c + begun * lanes<T> < C; c += vectors * lanes<T>)
+            product_block<R, vectors>(K, C, c, in, packed, out);
+    };
+    if constexpr (W > 2) blocks(std::integral_constant<int, W>{}, W - 2);
+    blocks(std::integral_constant<int, 2>{}, 1);
+    blocks(std::integral_constant<int, 1>{}, 0);
+}
+
+// Calls f(rows, first) for blocks of rows that make up 0..n, as large as the registers allow; rows is a constant.
+template <class F>
+NTM_FN void row_blocks(Size n, F&& f) {
+    Size first = 0;
+    auto blocks = [&](auto rows) NTM_INLINE {
+        for (; first + rows <= n; first += rows) f(rows, first);
+    };
+    if constexpr (register_bytes == 64) blocks(std::integral_constant<int, 8>{});  // AVX-512 has 32, others 16
+    blocks(std::integral_constant<int, 4>{});
+    blocks(std::integral_constant<int, 1>{});
+}
+
 // out[e, c] += sum_k in[e, k] weight[k, c]
 template <class T>
 inline void product(Size E, Size K, Size C, const T* in, const T* packed, T* out) {
-    constexpr int width = panel_width<T>;
-    Size e = 0;
-    for (; e + 4 <= E; e += 4)
-        for (Index c = 0; c < C; c += width) product_block<4, 1>(K, C, c, in + e * K, packed, out + e * C);
-    for (; e < E; ++e) {  // one row: several panels at once, or each sum would wait for the one before it
-        Index c = 0;
-        for (; c + 4 * width <= C + width - 1; c += 4 * width)
-            product_block<1, 4>(K, C, c, in + e * K, packed, out + e * C);
-        for (; c < C; c += width) product_block<1, 1>(K, C, c, in + e * K, packed, out + e * C);
-    }
+    row_blocks(E, [&](auto rows, Size e) NTM_INLINE {
+        const T* own = in + e * K;
+        auto at = [=](Size r, Size k) NTM_INLINE { return own[r * K + k]; };
+        product_rows<rows, rows == 1 ? 8 : 2>(K, C, at, packed, out + e * C);
+    });
 }
 
 }  // namespace ntm::cpu
