@@ -162,6 +162,7 @@ const std::map<std::string, Entry> operators = {
     {"gru_gates_backward", entry<&F::gru_gates_backward, &D::gru_gates_backward>},
     {"ntm_sequence", entry<&F::ntm_sequence, &D::ntm_sequence>},
     {"ntm_sequence_backward", entry<&F::ntm_sequence_backward, &D::ntm_sequence_backward>},
+    {"ntm_sequence_weight_gradients", entry<&F::ntm_sequence_weight_gradients, &D::ntm_sequence_weight_gradients>},
 };
 
 // --- memory from the pool, as DLPack hands it over -----------------------------------------------------------------------

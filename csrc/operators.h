@@ -144,6 +144,12 @@ struct Operators {
                                    const T* grad_features,  // [T, B, H + R M]
                                    SequenceState<const T> grad_final, SequenceState<T> grad_initial,
                                    SequenceGrads<T>);  // x and y may be those of the trail
+    // The gradients of the weights, as weights above, from what the backward left behind. What the first steps met is
+    // in the initial state. Where this is not served, PyTorch computes them.
+    Error (*ntm_sequence_weight_gradients)(Launch, SequenceSizes,
+                                           const T* inputs,  // [T, B, I]
+                                           SequenceState<const T> initial, SequenceTrail<const T> trail,
+                                           SequenceGrads<const T>, T* const* grad_weights);
 };
 
 // Has a table's entry done by a body of core/element.h, whose members are the entry's parameters: Run::run(body, launch)

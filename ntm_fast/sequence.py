@@ -1,7 +1,7 @@
 """The kernels of ``ntm_sequence``: all T steps in one native call forward and one backward.
 
-The native loop does what is recurrent. Left to PyTorch as large products: the inputs' share of the first layer's gates,
-and every weight gradient, from the gradients of the gates and of the raw head parameters that the backward leaves.
+The native loop does what is recurrent. The inputs' share of the first layer's gates is one large product before it, and
+every weight gradient one after it, from the gradients of the gates and of the raw head parameters that it leaves.
 
 Arguments are named and shaped as those of :func:`reference.ntm_sequence`.
 """
@@ -244,35 +244,68 @@ def backward(
     weights = _contiguous((*weights, heads_weight, heads_bias))
     table = _table(weights)
     *kept, all_read_weights, all_write_weights, all_memory = trail
-    arrays = *kept, features, all_read_weights, all_write_weights, all_memory, grad_features
+    initial_addresses = _addresses(plan, initial)
+    trail_addresses = [x.data_ptr() for x in (*kept, features, all_read_weights, all_write_weights, all_memory)]
+    of_gates = grad_x, grad_upper_x, grad_y, grad_params
+    grad_addresses = [tensor.data_ptr() for tensor in of_gates]
     _native.call(
         "ntm_sequence_backward",
         inputs,
         *plan.scalars,
         table.buffer_info()[0],
-        *_addresses(plan, initial),
+        *initial_addresses,
         final_memory.data_ptr(),
-        *(tensor.data_ptr() for tensor in arrays),
+        *trail_addresses,
+        grad_features.data_ptr(),
         *_addresses(plan, grad_final),
         *_addresses(plan, grad),
-        *(tensor.data_ptr() for tensor in (grad_x, grad_upper_x, grad_y, grad_params)),
+        *grad_addresses,
     )
 
-    hidden = [*trail.hidden, features[..., :H]]
+    if _native.why_not(inputs.device.type, inputs.dtype is torch.float64, "ntm_sequence_weight_gradients") is None:
+        grad_weights = [_empty(inputs, weight.shape) for weight in weights]
+        (inputs,), grad_table = _contiguous([inputs]), _table(grad_weights)
+        _native.call(
+            "ntm_sequence_weight_gradients",
+            inputs,
+            *plan.scalars[:-5],  # the sizes
+            inputs.data_ptr(),
+            *initial_addresses,
+            *trail_addresses,
+            *grad_addresses,
+            grad_table.buffer_info()[0],
+        )
+    else:
+        grad_weights = weight_gradients(plan, inputs, reads, state[0], features, trail.hidden, *of_gates)
+    grad_memory, *grad_rest = grad
+    found = [grad_memory.transpose(1, 2), *grad_rest, *grad_weights]
+    if needs_inputs:
+        found.append((grad_x.view(T * B, G) @ weights[0][:, :I]).view(T, B, I))
+    return found
+
+
+def weight_gradients(
+    plan: _Plan,
+    inputs: Tensor,
+    reads: Tensor,
+    initial_hidden: Tensor,
+    features: Tensor,
+    lower_hidden: Tensor,
+    grad_x: Tensor,
+    grad_upper_x: Tensor,
+    grad_y: Tensor,
+    grad_params: Tensor,
+) -> list[Tensor]:
+    """The gradients of the weights and of the heads' weight and bias, where no native kernel computes them."""
+    T, B, _, L, H, G, gru, *_ = plan
+    hidden = [*lower_hidden, features[..., :H]]
     grad_weights = []
     for layer in range(L):
         # What the layer met at every step, side by side: its inputs or the layer below, the reads, its hidden state.
         below = hidden[layer - 1] if layer else inputs
-        before = [(reads, features[..., H:])] * (not layer) + [(state[0][layer], hidden[layer])]
-        met = _empty(inputs, (T, B, weights[4 * layer].shape[1] + H))
-        met[..., : below.shape[2]].copy_(below)
-        column = below.shape[2]
-        for first, all_steps in before:
-            columns = met[..., column : column + all_steps.shape[2]]
-            columns[0].copy_(first.flatten(1))
-            columns[1:].copy_(all_steps[:-1])
-            column += all_steps.shape[2]
-        met = met.flatten(0, 1)
+        before = [(reads, features[..., H:])] * (not layer) + [(initial_hidden[layer], hidden[layer])]
+        earlier = [torch.cat([first.flatten(1)[None], all_steps[:-1]]) for first, all_steps in before]
+        met = torch.cat([below, *earlier], 2).flatten(0, 1)
         fed = met.shape[1] - H
         x = (grad_upper_x[layer - 1] if layer else grad_x).view(T * B, G)
         grad_bias_ih = x.sum(0)
@@ -285,12 +318,7 @@ def backward(
             grad_bias_hh = grad_bias_ih.clone()
         grad_weights += grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh
     params = grad_params.flatten(0, 1)
-    heads = params.t() @ hidden[-1].flatten(0, 1), params.sum(0)
-    grad_memory, *grad_rest = grad
-    found = [grad_memory.transpose(1, 2), *grad_rest, *grad_weights, *heads]
-    if needs_inputs:
-        found.append((grad_x.view(T * B, G) @ weights[0][:, :I]).view(T, B, I))
-    return found
+    return [*grad_weights, params.t() @ hidden[-1].flatten(0, 1), params.sum(0)]
 
 
 def fake_backward(

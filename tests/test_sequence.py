@@ -432,6 +432,22 @@ def test_neither_batch_mates_nor_threads_change_a_bit(kernels: Backend, change: 
 
 
 @pytest.mark.parametrize("change", BITS, ids=str)
+def test_weight_gradients_are_pytorchs_on_any_number_of_threads(backend: Backend, change: dict, monkeypatch) -> None:
+    case = Case(**{**dict(B=13, T=25), **change})  # more rows than are taken at a time
+    names = [name for name, _ in case.module("sequence").named_parameters()]
+    own = [f"grad {name}" for name in names if name.startswith(("controller.weight", "controller.bias", "heads"))]
+    found = []
+    for threads in (1, 2, 3, 50):
+        torch.set_num_threads(threads)
+        found.append({name: x for name, x in train(case, "sequence").items() if name in own})
+        assert_same_bits(found[-1], found[0], threads)
+    monkeypatch.setitem(_native._reasons, ("cpu", True, "ntm_sequence_weight_gradients"), "switched off")
+    plain = train(case, "sequence")
+    for name in own:
+        torch.testing.assert_close(found[0][name], plain[name], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("change", BITS, ids=str)
 def test_forward_is_the_same_whatever_is_kept(backend: Backend, change: dict) -> None:
     """Bit for bit: one run over all steps, whatever backward will need, and T calls of one step (streaming)."""
     case = Case(**{**dict(B=9, T=7), **change}, dtype=torch.float32)
@@ -824,10 +840,9 @@ def predicted(T: int, B: int, controller: str = "lstm", checkpoint: str | int = 
     # heads' parameters, weightings; a memory at every K-th. A GRU has two products and no cell.
     kept = L * gates * (2 if gru else 1) + (L - 1) * H + (0 if gru else L * H) + params + (R + W) * N
     features = H + R * M
-    # What backward makes beside: the gradients of the heads' parameters and of the features, and what weight gradients
-    # are products of: the reads and hidden states that a step met, then these and the inputs in a row. The gradients of
-    # the gates take the place of the gates.
-    backward = params + features + (I + R * M + H)
+    # What backward makes beside: the gradients of the heads' parameters and of the features. Those of the gates take
+    # the place of the gates.
+    backward = params + features
     numbers = T * B * (kept + features + backward + I + 4 * O) + (T - 1) // every * B * M * N
     if every > 1:
         numbers += min(B, 8) * every * M * N  # a segment, for each thread and element of its tile

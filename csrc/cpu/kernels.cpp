@@ -205,6 +205,51 @@ Error ntm_sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const
     });
 }
 
+constexpr Size gradient_rows = 128;  // at a time: the gradients of so many outputs stay in the second-level cache
+
+// A thread has some outputs of every weight, so that the order of a sum does not depend on the number of threads.
+template <class T>
+Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const T* inputs, SequenceState<const T> initial,
+                                    SequenceTrail<const T> trail, SequenceGrads<const T> grads,
+                                    T* const* grad_weights) {
+    const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), rows = s.T * B, shares = launch.threads;
+    const Size room = packed_size<T>(gradient_rows, std::max(s.I + F, H));
+    return parallel<T>(shares, rows * G / shares, room, launch, [=](auto team, Size share, T* packed) {
+        auto hidden = [&](Size l, Size n) -> Columns<T> {  // a layer's, from row n on
+            if (l + 1 < s.L) return {trail.hidden + (l * rows + n) * H, H, H};
+            return {trail.features + n * (H + F), H + F, H};
+        };
+        for (Size n = 0, end; n < rows; n = end) {
+            const bool early = n < B;  // the first step, whose reads and hidden states before are the initial ones
+            end = std::min(early ? B : rows, n + gradient_rows);
+            auto grow = [&](Size outputs, const T* grad, std::initializer_list<Columns<T>> fed, T* weight, T* bias) {
+                const Size blocks = (outputs + 7) / 8, first = blocks * share / shares * 8;
+                const Size last = std::min(outputs, blocks * (share + 1) / shares * 8);
+                if (n == 0) {
+                    Size columns = 0;
+                    for (const Columns<T>& part : fed) columns += part.count;
+                    clear(team, (last - first) * columns, weight + first * columns);
+                    clear(team, last - first, bias + first);
+                }
+                add_weight_gradient(end - n, first, last, grad + n * outputs, outputs, fed, packed, weight, bias);
+            };
+            T* const* to = grad_weights;
+            for (Size l = 0; l < s.L; ++l, to += 4) {
+                const T* dx = l ? grads.upper_x + (l - 1) * rows * G : grads.x;
+                const Columns<T> reads = {early ? initial.reads + n * F : trail.features + (n - B) * (H + F) + H,
+                                          early ? F : H + F, F};
+                if (l)
+                    grow(G, dx, {hidden(l - 1, n)}, to[0], to[2]);
+                else
+                    grow(G, dx, {{inputs + n * s.I, s.I, s.I}, reads}, to[0], to[2]);
+                const Columns<T> before = early ? Columns<T>{initial.hidden + (l * B + n) * H, H, H} : hidden(l, n - B);
+                grow(G, s.gru ? grads.y + l * rows * G : dx, {before}, to[1], to[3]);
+            }
+            grow(s.step.params(), grads.params, {hidden(s.L - 1, n)}, to[0], to[1]);
+        }
+    });
+}
+
 template <class T>
 Operators<T> operators() {
     Operators<T> table{};
@@ -230,6 +275,7 @@ Operators<T> operators() {
     serve<GRUGatesBackward<T>, OnThreads>(table.gru_gates_backward);
     table.ntm_sequence = ntm_sequence<T>;
     table.ntm_sequence_backward = ntm_sequence_backward<T>;
+    table.ntm_sequence_weight_gradients = ntm_sequence_weight_gradients<T>;
     return table;
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "cpu/thread.h"
 
@@ -140,6 +141,37 @@ inline void product(Size E, Size K, Size C, const T* in, const T* packed, T* out
         const T* own = in + e * K;
         auto at = [=](Size r, Size k) NTM_INLINE { return own[r * K + k]; };
         product_rows<rows, rows == 1 ? 8 : 2>(K, C, at, packed, out + e * C);
+    });
+}
+
+// Columns of a matrix: count numbers of every row, a row every stride numbers
+template <class T>
+struct Columns {
+    const T* first;
+    Size stride, count;
+};
+
+// What the gradients of a weight and of its bias grow by: weight[g, c] += sum_n x[n, g] fed[n, c] for the outputs
+// g = begin .. end - 1, bias[g] += sum_n x[n, g]. x are the gradients of the outputs, fed what was fed, side by side;
+// packed has room for it in panels.
+template <class T>
+inline void add_weight_gradient(Size N, Size begin, Size end, const T* x, Size G, std::initializer_list<Columns<T>> fed,
+                                T* packed, T* weight /*[G, C]*/, T* bias /*[G]*/) {
+    Size C = 0;
+    for (const Columns<T>& columns : fed) {
+        pack(N, columns.count, columns.first, columns.stride, C, packed);
+        C += columns.count;
+    }
+    pad(N, C, packed);
+    row_blocks(end - begin, [&](auto rows, Size first) NTM_INLINE {
+        const T* own = x + begin + first;
+        auto at = [=](Size r, Size n) NTM_INLINE { return own[n * G + r]; };
+        product_rows<rows, rows == 1 ? 8 : 2>(N, C, at, packed, weight + (begin + first) * C);
+    });
+    Thread<T>{}.tiles(end - begin, [&](auto tile) NTM_INLINE {
+        Vector<T, lanes<T>> sum{};
+        for (Size n = 0; n < N; ++n) sum += tile.load(x + n * G + begin);
+        tile.store(bias + begin, tile.load(bias + begin) + sum);
     });
 }
 
