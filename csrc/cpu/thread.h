@@ -62,12 +62,22 @@ struct Math<float> {
         return x;
     }
 
+    // p 2^n for a whole n, rounded once where that is denormal
+    NTM_FN static V scale(V p, V n) {
+#if defined(__AVX512F__)
+        return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);  // unmasked, GCC 12 warns of itself
+#else
+        const I exponent = __builtin_convertvector(n, I), half = exponent >> 1;  // in two steps: 2^n may overflow
+        return p * (V)((half + 127) << 23) * (V)((exponent - half + 127) << 23);
+#endif
+    }
+
     NTM_FN static V exp(V x) {
-        x = select(x < -104.0f, V{} - 104.0f, x);  // rounds to 0
-        x = select(x > 89.0f, V{} + 89.0f, x);     // overflows to infinity
-        constexpr float rounder = 0x1.8p23f;       // adding it rounds to an integer, held in the low bits
-        const V shifted = x * 0x1.715476p+0f + rounder;
-        const V n = shifted - rounder;
+        // Compared this way round, which one instruction does, NaN stays.
+        x = select(V{} - 104.0f > x, V{} - 104.0f, x);  // rounds to 0
+        x = select(V{} + 89.0f < x, V{} + 89.0f, x);    // overflows to infinity
+        constexpr float rounder = 0x1.8p23f;            // adding it rounds to an integer
+        const V n = (x * 0x1.715476p+0f + rounder) - rounder;
         const V r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // x - n log 2, in two parts
         V p = V{} + 0.0013814538f;
         p = p * r + 0.008368745f;
@@ -75,9 +85,7 @@ struct Math<float> {
         p = p * r + 0.16666521f;
         p = p * r + 0.49999994f;
         p = p * (r * r) + r + 1.0f;
-        const I exponent = (I)shifted - 0x4b400000;  // the bits of the rounder
-        const I half = exponent >> 1;                // in two steps, so that denormal results are right
-        return p * (V)((half + 127) << 23) * (V)((exponent - half + 127) << 23);
+        return scale(p, n);
     }
 
     // for normal, positive x
