@@ -26,19 +26,32 @@ NTM_FN void cosine(const Team& team, Index N, Index M, T eps, T key_norm, const 
     using V = typename Team::V;
     const T inverse_key_norm = 1 / key_norm;
     team.tiles(N, [&](auto tile) NTM_INLINE {
-        V product{}, squares{};
-        [[maybe_unused]] V read{};
-        for (Index m = 0; m < M; ++m) {
-            const V x = tile.load(memory + m * N);
-            product += key[m] * x;
-            squares += x * x;
-            if constexpr (present<Reads>) read += grad_reads[m] * x;
-        }
-        const V inverse = 1 / Team::Math::sqrt(squares + eps * eps);
+        V product[2]{}, squares[2]{};  // of even and of odd rows: a single sum would wait for itself at every row
+        [[maybe_unused]] V read[2]{};
+        chunks<2>(M, [&](auto block) NTM_INLINE {
+            unroll<block.count>([&](auto k) NTM_INLINE {
+                const Index m = block.first + k;
+                const V x = tile.load(memory + m * N);
+                product[k % 2] += key[m] * x;
+                squares[k % 2] += x * x;
+                if constexpr (present<Reads>) read[k % 2] += grad_reads[m] * x;
+            });
+        });
+        const V inverse = 1 / Team::Math::sqrt(squares[0] + squares[1] + eps * eps);
         tile.store(inverse_norm, inverse);
-        tile.store(cosine, product * inverse * inverse_key_norm);
-        if constexpr (present<Reads>) tile.store(grad_weights, tile.load(grad_weights) + read);
+        tile.store(cosine, (product[0] + product[1]) * inverse * inverse_key_norm);
+        if constexpr (present<Reads>) tile.store(grad_weights, tile.load(grad_weights) + (read[0] + read[1]));
     });
+}
+
+// wc = softmax(beta c). No cosine is beyond 1, so beta is a bound: the highest is looked for only where all might
+// vanish below it, and where a single location is to have a weight of 1 without rounding.
+template <class Team, class T = typename Team::Real>
+NTM_FN void content_weights(const Team& team, Index N, T beta, const T* cosine, T* content) {
+    const auto z = [&](auto tile) NTM_INLINE { return beta * tile.load(cosine); };
+    const T most = beta < 0 ? -beta : beta;
+    const T bound = most <= 40 && N > 1 ? most : highest(team, N, z);
+    softmax(team, N, beta, cosine, bound, content);
 }
 
 // From dwc to dk, dbeta and dM. dwc is overwritten with dc/(A B), cosine with dc c / B^2. grad_memory becomes

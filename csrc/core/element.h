@@ -45,7 +45,7 @@ struct ContentAddressing {
         team.sync();
         const T norm = key_norm(team, M, T(eps), k);
         cosine(team, N, M, T(eps), norm, memory + i / H * M * N, k, cosines, inverse_norm);
-        softmax(team, N, beta[i], cosines, out);
+        content_weights(team, N, beta[i], cosines, out);
         team.sync();
         team.put(N, out, content + i * N);
     }

@@ -39,7 +39,7 @@ NTM_FN T focus(const Team& team, Index N, Index M, Index K, T eps, const T* memo
                const Head<T>& head, const Addressing<T>& at, Reads grad_reads = nullptr, T* grad_weights = nullptr) {
     const T norm = key_norm(team, M, eps, head.key);
     cosine(team, N, M, eps, norm, memory, head.key, at.cosine, at.inverse_norm, grad_reads, grad_weights);
-    softmax(team, N, head.beta, at.cosine, at.content);
+    content_weights(team, N, head.beta, at.cosine, at.content);
     interpolate(team, N, at.content, previous, head.gate, at.gated);
     close_ring(team, N, K, at.gated);
     circular_shift(team, N, K, at.gated, head.shift, at.shifted);
@@ -106,26 +106,32 @@ NTM_FN void activate_vector_backward(const Team& team, Index M, T clip, bool tan
     });
 }
 
-// A head's raw parameters lie in the order k (M), beta, g, s (K), gamma. The K + 3 that follow the key are activated
-// side by side, each in every way, and what is wanted is picked: one vector's work, where numbers one by one are six.
+// What becomes of the K + 3 raw parameters that follow a head's key, beta, g, s (K), gamma: each is activated in every
+// way and what is wanted is picked, one vector's work, where numbers one by one are six.
+template <class T>
+struct Scalars {
+    T *clamped, *positive, *squashed;  // [K + 3]
+};
+
+// A head's raw parameters lie in the order k (M), beta, g, s (K), gamma. What activate_shift reads is left to a sync().
 template <class Team, class T = typename Team::Real>
-NTM_FN Head<T> activate_head(const Team& team, Index M, Index K, T clip, bool key_tanh, const T* raw, T* key /*[M]*/,
-                             T* shift /*[K]*/, Arena<T> arena /*of activate_scratch*/) {
+NTM_FN void activate_head(const Team& team, Index M, Index K, T clip, bool key_tanh, const T* raw, T* key /*[M]*/,
+                          const Scalars<T>& scalars) {
     using Math = typename Team::Math;
-    T *clamped = arena.take(K + 3), *positive = arena.take(K + 3), *squashed = arena.take(K + 3);
     activate_vector(team, M, clip, key_tanh, raw, key);
     team.tiles(K + 3, [&](auto tile) NTM_INLINE {
         const auto x = clamp<Math>(tile.load(raw + M), clip);
-        tile.store(clamped, x);
-        tile.store(positive, softplus<Math>(x));
-        tile.store(squashed, sigmoid<Math>(x));
+        tile.store(scalars.clamped, x);
+        tile.store(scalars.positive, softplus<Math>(x));
+        tile.store(scalars.squashed, sigmoid<Math>(x));
     });
-    team.sync();
-    softmax(team, K, T(1), clamped + 2, shift);
-    return {key, shift, positive[0], squashed[1], 1 + positive[K + 2]};
 }
 
-constexpr Index activate_scratch(Index K) { return 3 * (K + 3 + 16); }
+template <class Team, class T = typename Team::Real>
+NTM_FN void activate_shift(const Team& team, Index K, const Scalars<T>& scalars, T* shift /*[K]*/) {
+    const T* raw = scalars.clamped + 2;
+    softmax(team, K, T(1), raw, highest(team, K, [&](auto tile) NTM_INLINE { return tile.load(raw); }), shift);
+}
 
 template <class T>
 NTM_FN HeadGrads<T> head_grads(Index M, Index K, T* grad_raw) {

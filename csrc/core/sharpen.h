@@ -8,11 +8,13 @@ namespace ntm {
 template <class Team, class T = typename Team::Real>
 NTM_FN void sharpen(const Team& team, Index N, const T* shifted, T gamma, T* sharpened) {
     using Math = typename Team::Math;
-    team.tiles(N, [&](auto tile) NTM_INLINE {
+    const T bound = highest(team, N, [&](auto tile) NTM_INLINE {
         const auto w = tile.load(shifted);
-        tile.store(sharpened, Math::log(Math::select(w < Math::tiny, Math::tiny + typename Team::V{}, w)));
+        const auto l = Math::log(Math::select(w < Math::tiny, Math::tiny + typename Team::V{}, w));
+        tile.store(sharpened, l);
+        return gamma * l;
     });
-    softmax(team, N, gamma, sharpened, sharpened);
+    softmax(team, N, gamma, sharpened, bound, sharpened);
 }
 
 // q_i = w_i (dw_i - w.dw);  dgamma = sum q_i l_i;  dws_i = gamma q_i / ws_i where ws_i was not raised to tiny

@@ -5,20 +5,25 @@
 
 namespace ntm {
 
-// out_i = e^(scale x_i) / sum_j e^(scale x_j); out may be x
-template <class Team, class T = typename Team::Real>
-NTM_FN void softmax(const Team& team, Index N, T scale, const T* x /*[N]*/, T* out /*[N]*/) {
+// The largest of all z(tile)
+template <class Team, class F, class T = typename Team::Real>
+NTM_FN T highest(const Team& team, Index N, F&& z) {
     using Math = typename Team::Math;
-    using V = typename Team::V;
-    V top = V{} - Math::infinity;
+    typename Team::V top = typename Team::V{} - Math::infinity;
     team.tiles(N, [&](auto tile) NTM_INLINE {
-        const V z = tile.only(scale * tile.load(x), -Math::infinity);
-        top = Math::select(z > top, z, top);
+        const auto x = tile.only(z(tile), -Math::infinity);
+        top = Math::select(x > top, x, top);
     });
-    const T highest = team.max(top);
-    V total{};
+    return team.max(top);
+}
+
+// out_i = e^(scale x_i) / sum_j e^(scale x_j); out may be x. No scale x_i is above bound but by rounding, and the
+// highest so close to it that e^(scale x_i - bound) is a normal number.
+template <class Team, class T = typename Team::Real>
+NTM_FN void softmax(const Team& team, Index N, T scale, const T* x /*[N]*/, T bound, T* out /*[N]*/) {
+    typename Team::V total{};
     team.tiles(N, [&](auto tile) NTM_INLINE {
-        const V e = Math::exp(scale * tile.load(x) - highest);
+        const auto e = Team::Math::exp(scale * tile.load(x) - bound);
         tile.store(out, e);
         total += tile.only(e, T(0));
     });

@@ -27,35 +27,39 @@ struct StepSizes {
 
     // Scratch of one element.
     constexpr Size forward_scratch() const {
-        return (R + W) * (M + K + 32) + 2 * W * (M + 16) + activate_scratch(K) + Addressing<float>::scratch(N, K);
+        return (R + W) * (M + K + 3 * (K + 3)) + 2 * W * M + 7 * 16 + Addressing<float>::scratch(N, K);
     }
     constexpr Size backward_scratch() const {
         return forward_scratch() + address_backward_scratch(N, K) + (N + 16) + W * (N + 16);
     }
 };
 
-// Every head's activated parameters, one after the other.
+// Every head's activated parameters, one after the other. All are activated before anything else is done: one waits for
+// the other nowhere.
 template <class T>
 struct Activated {
-    T* key;    // [R+W, M]
-    T* shift;  // [R+W, K]
-    T* erase;  // [W, M]
-    T* add;    // [W, M]
-    Arena<T> scratch;
+    T* key;              // [R+W, M]
+    T* shift;            // [R+W, K]
+    Scalars<T> scalars;  // [R+W, K+3]
+    T* erase;            // [W, M]
+    T* add;              // [W, M]
 
     NTM_FN Activated(Arena<T>& arena, const StepSizes& s)
         : key(arena.take((s.R + s.W) * s.M)),
           shift(arena.take((s.R + s.W) * s.K)),
+          scalars{arena.take((s.R + s.W) * (s.K + 3)), arena.take((s.R + s.W) * (s.K + 3)),
+                  arena.take((s.R + s.W) * (s.K + 3))},
           erase(arena.take(s.W * s.M)),
-          add(arena.take(s.W * s.M)),
-          scratch{arena.take(activate_scratch(s.K))} {}
+          add(arena.take(s.W * s.M)) {}
 
     template <class Team>
-    NTM_FN Head<T> head(const Team& team, const StepSizes& s, const StepOptions& o, Index h, const T* params) const {
-        const Head<T> head = activate_head(team, s.M, s.K, T(o.clip), o.key_tanh, params + h * s.head(),
-                                           key + h * s.M, shift + h * s.K, scratch);
+    NTM_FN void activate(const Team& team, const StepSizes& s, const StepOptions& o, const T* params) const {
+        for (Index h = 0; h < s.R + s.W; ++h)
+            activate_head(team, s.M, s.K, T(o.clip), o.key_tanh, params + h * s.head(), key + h * s.M, of(s, h));
+        write_vectors(team, s, o, params);
         team.sync();
-        return head;
+        for (Index h = 0; h < s.R + s.W; ++h) activate_shift(team, s.K, of(s, h), shift + h * s.K);
+        team.sync();
     }
 
     // e and a of every write head
@@ -64,6 +68,17 @@ struct Activated {
         const T* raw = params + s.write_params();
         for (Index h = 0; h < s.W; ++h)
             activate_write(team, s.M, T(o.clip), o.add_tanh, raw + 2 * h * s.M, erase + h * s.M, add + h * s.M);
+    }
+
+    NTM_FN Head<T> head(const StepSizes& s, Index h) const {
+        const Scalars<T> own = of(s, h);
+        return {key + h * s.M, shift + h * s.K, own.positive[0], own.squashed[1], 1 + own.positive[s.K + 2]};
+    }
+
+private:
+    NTM_FN Scalars<T> of(const StepSizes& s, Index h) const {
+        const Index first = h * (s.K + 3);
+        return {scalars.clamped + first, scalars.positive + first, scalars.squashed + first};
     }
 };
 
@@ -95,20 +110,20 @@ NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions&
     const T eps = T(o.eps);
     auto read_all = [&](const T* source) NTM_INLINE {
         for (Index h = 0; h < s.R; ++h) {
-            const Head<T> head = active.head(team, s, o, h, params);
+            const Head<T> head = active.head(s, h);
             address(team, N, M, K, eps, source, read_weights + h * N, head, at, new_read_weights + h * N);
             read(team, N, M, source, new_read_weights + h * N, reads + h * M);
         }
     };
     auto write_all = [&]() NTM_INLINE {
-        active.write_vectors(team, s, o, params);
         for (Index h = 0; h < s.W; ++h) {
-            const Head<T> head = active.head(team, s, o, s.R + h, params);
+            const Head<T> head = active.head(s, s.R + h);
             address(team, N, M, K, eps, memory, write_weights + h * N, head, at, new_write_weights + h * N);
         }
         team.sync();
         write(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, new_memory);
     };
+    active.activate(team, s, o, params);
     in_order(o.read_first, [&]() NTM_INLINE { read_all(o.read_first ? memory : new_memory); }, write_all);
 }
 
@@ -133,7 +148,7 @@ NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const Ste
     const T* dM = grad_new_memory;
     auto through_head = [&](Index h, const T* source, const T* previous, const T* weights, T* grad_weights,
                             auto grad_read, T* grad_previous) NTM_INLINE {
-        const Head<T> head = active.head(team, s, o, h, params);
+        const Head<T> head = active.head(s, h);
         const HeadGrads<T> grads = head_grads(M, K, grad_params + h * s.head());
         address_backward(team, N, M, K, eps, source, previous, head, weights, grad_weights, grad_read, dM,
                          grad_memory, grad_previous, grads, at, arena);
@@ -148,7 +163,6 @@ NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const Ste
         }
     };
     auto through_writes = [&]() NTM_INLINE {
-        active.write_vectors(team, s, o, params);
         copy(team, s.W * N, grad_new_write_weights, grad_written);
         team.sync();
         T* grad_erase = grad_params + s.write_params();  // e and a of a head lie one after the other: a stride of 2M
@@ -164,6 +178,7 @@ NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const Ste
                          nullptr, grad_write_weights + h * N);
         }
     };
+    active.activate(team, s, o, params);
     in_order(!o.read_first, [&]() NTM_INLINE { through_reads(o.read_first ? memory : new_memory); }, through_writes);
 }
 
