@@ -325,6 +325,7 @@ class _NTMSequence(torch.autograd.Function):
         outputs, trail = _run_sequence(*args, keep=True)
         tensors, ctx.options = args[: -len(_SEQUENCE_OPTIONS)], args[-len(_SEQUENCE_OPTIONS) :]
         ctx.save_for_backward(*tensors, *outputs[:2], *trail)
+        ctx.set_materialize_grads(False)  # autograd's zeros of the memory would not lie as the memory does
         return outputs
 
     @staticmethod
@@ -333,6 +334,8 @@ class _NTMSequence(torch.autograd.Function):
         count = len(saved) - 2 - len(sequence.Trail._fields)
         tensors, (features, memory, *trail) = saved[:count], saved[count:]
         nones = (None,) * len(_SEQUENCE_OPTIONS)
+        outputs = features, memory, *tensors[2:]  # or what has their shapes
+        grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(outputs, grads)]
         if torch.is_grad_enabled():
             twin = functools.partial(flat_sequence, **dict(zip(_SEQUENCE_OPTIONS, ctx.options)))
             return (*grads_through(twin, tensors, grads), *nones)

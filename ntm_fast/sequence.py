@@ -122,7 +122,11 @@ def _native_layout(
     plan: _Plan, memory: Tensor, read_weights: Tensor, write_weights: Tensor, reads: Tensor, state: Sequence[Tensor]
 ) -> list[Tensor]:
     """A state as it lies in the native layout."""
-    memory = memory if memory.stride() == plan.minor else memory.transpose(1, 2).contiguous()
+    if memory.stride() != plan.minor:
+        if memory.stride(0) == 0:  # one memory for the whole batch: transposed once
+            memory = memory[:1].mT.contiguous().expand(plan.B, -1, -1).contiguous()
+        else:
+            memory = memory.mT.contiguous()
     return [memory, *_contiguous((read_weights, write_weights, reads, *state))]
 
 
