@@ -52,6 +52,7 @@ struct Activated {
           erase(arena.take(s.W * s.M)),
           add(arena.take(s.W * s.M)) {}
 
+    // The shifts are seen by all after the next sync(), which closing a ring has, all else at once.
     template <class Team>
     NTM_FN void activate(const Team& team, const StepSizes& s, const StepOptions& o, const T* params) const {
         for (Index h = 0; h < s.R + s.W; ++h)
@@ -59,7 +60,6 @@ struct Activated {
         write_vectors(team, s, o, params);
         team.sync();
         for (Index h = 0; h < s.R + s.W; ++h) activate_shift(team, s.K, of(s, h), shift + h * s.K);
-        team.sync();
     }
 
     // e and a of every write head
@@ -120,7 +120,6 @@ NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions&
             const Head<T> head = active.head(s, s.R + h);
             address(team, N, M, K, eps, memory, write_weights + h * N, head, at, new_write_weights + h * N);
         }
-        team.sync();
         write(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, new_memory);
     };
     active.activate(team, s, o, params);
@@ -163,8 +162,7 @@ NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const Ste
         }
     };
     auto through_writes = [&]() NTM_INLINE {
-        copy(team, s.W * N, grad_new_write_weights, grad_written);
-        team.sync();
+        for (Index h = 0; h < s.W; ++h) copy(team, N, grad_new_write_weights + h * N, grad_written + h * N);
         T* grad_erase = grad_params + s.write_params();  // e and a of a head lie one after the other: a stride of 2M
         write_backward(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, dM, grad_memory,
                        grad_written, grad_erase, grad_erase + M, 2 * M);
