@@ -49,7 +49,7 @@ class Options(NamedTuple):
 class Trail(NamedTuple):
     """What a forward leaves for the backward besides its outputs; what a controller does not have is empty."""
 
-    x: Tensor  # (T, B, G)  the gates' products of the first layer; for a GRU those of what it is fed
+    x: Tensor  # (T, B, G)  the first layer's gates, activated
     upper_x: Tensor  # (L-1, T, B, G)  of the others
     y: Tensor  # (L, T, B, G)  GRU: those of the hidden states
     hidden: Tensor  # (L-1, T, B, H)  of the layers below the last

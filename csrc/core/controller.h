@@ -1,32 +1,58 @@
 // The elementwise part of the controllers, as nn.LSTM and nn.GRU define them.
+//
+// Forward may leave the activated gates behind, even in the place of what they come from, so that the backward need not
+// activate them once more.
 #pragma once
 
 #include "core/scalar.h"
 
 namespace ntm {
 
+template <class V>
+struct LSTMGateValues {
+    V i, f, g, o;
+};
+
+template <class Math, class Tile, class T>
+NTM_FN auto activated_lstm(const Tile& tile, Index H, const T* gates /*[4H]*/) {
+    using V = decltype(tile.load(gates));
+    return LSTMGateValues<V>{sigmoid<Math>(tile.load(gates)), sigmoid<Math>(tile.load(gates + H)),
+                             Math::tanh(tile.load(gates + 2 * H)), sigmoid<Math>(tile.load(gates + 3 * H))};
+}
+
 // c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c')
-template <class Team, class T = typename Team::Real>
+template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void lstm_gates(const Team& team, Index H, const T* gates /*[4H]: i, f, g, o*/, const T* cell /*[H]*/,
-                       T* hidden /*[H]*/, T* new_cell /*[H]*/) {
+                       T* hidden /*[H]*/, T* new_cell /*[H]*/, Left activated = nullptr /*[4H] or nullptr*/) {
     using Math = typename Team::Math;
     team.tiles(H, [&](auto tile) NTM_INLINE {
-        const auto i = sigmoid<Math>(tile.load(gates)), f = sigmoid<Math>(tile.load(gates + H));
-        const auto g = Math::tanh(tile.load(gates + 2 * H)), o = sigmoid<Math>(tile.load(gates + 3 * H));
+        const auto [i, f, g, o] = activated_lstm<Math>(tile, H, gates);
         const auto c = f * tile.load(cell) + i * g;
         tile.store(new_cell, c);
         tile.store(hidden, o * Math::tanh(c));
+        if constexpr (present<Left>) {
+            tile.store(activated, i);
+            tile.store(activated + H, f);
+            tile.store(activated + 2 * H, g);
+            tile.store(activated + 3 * H, o);
+        }
     });
 }
 
-template <class Team, class T = typename Team::Real>
+// Activated: the gates are.
+template <bool Activated = false, class Team, class T = typename Team::Real>
 NTM_FN void lstm_gates_backward(const Team& team, Index H, const T* gates, const T* cell, const T* new_cell,
                                 const T* grad_hidden, const T* grad_new_cell, T* grad_gates /*[4H]*/,
                                 T* grad_cell /*[H]*/) {
     using Math = typename Team::Math;
+    using V = typename Team::V;
     team.tiles(H, [&](auto tile) NTM_INLINE {
-        const auto i = sigmoid<Math>(tile.load(gates)), f = sigmoid<Math>(tile.load(gates + H));
-        const auto g = Math::tanh(tile.load(gates + 2 * H)), o = sigmoid<Math>(tile.load(gates + 3 * H));
+        LSTMGateValues<V> gate;
+        if constexpr (Activated)
+            gate = {tile.load(gates), tile.load(gates + H), tile.load(gates + 2 * H), tile.load(gates + 3 * H)};
+        else
+            gate = activated_lstm<Math>(tile, H, gates);
+        const auto [i, f, g, o] = gate;
         const auto c = Math::tanh(tile.load(new_cell)), dh = tile.load(grad_hidden);
         const auto dc = tile.load(grad_new_cell) + dh * o * (1 - c * c);
         tile.store(grad_gates, dc * g * i * (1 - i));
@@ -37,30 +63,50 @@ NTM_FN void lstm_gates_backward(const Team& team, Index H, const T* gates, const
     });
 }
 
+template <class V>
+struct GRUGateValues {
+    V r, z, n;
+};
+
+template <class Math, class Tile, class T>
+NTM_FN auto activated_gru(const Tile& tile, Index H, const T* x /*[3H]*/, const T* y /*[3H]*/) {
+    using V = decltype(tile.load(x));
+    const V r = sigmoid<Math>(tile.load(x) + tile.load(y));
+    return GRUGateValues<V>{r, sigmoid<Math>(tile.load(x + H) + tile.load(y + H)),
+                            Math::tanh(tile.load(x + 2 * H) + r * tile.load(y + 2 * H))};
+}
+
 // n = tanh(i_n + r h_n),  h' = (1 - z) n + z h, with x = W_i x + b_i and y = W_h h + b_h
-template <class Team, class T = typename Team::Real>
+template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void gru_gates(const Team& team, Index H, const T* x /*[3H]: r, z, n*/, const T* y /*[3H]*/,
-                      const T* hidden /*[H]*/, T* new_hidden /*[H]*/) {
+                      const T* hidden /*[H]*/, T* new_hidden /*[H]*/, Left activated = nullptr /*[3H] or nullptr*/) {
     using Math = typename Team::Math;
     team.tiles(H, [&](auto tile) NTM_INLINE {
-        const auto r = sigmoid<Math>(tile.load(x) + tile.load(y));
-        const auto z = sigmoid<Math>(tile.load(x + H) + tile.load(y + H));
-        const auto n = Math::tanh(tile.load(x + 2 * H) + r * tile.load(y + 2 * H));
+        const auto [r, z, n] = activated_gru<Math>(tile, H, x, y);
         tile.store(new_hidden, (1 - z) * n + z * tile.load(hidden));
+        if constexpr (present<Left>) {
+            tile.store(activated, r);
+            tile.store(activated + H, z);
+            tile.store(activated + 2 * H, n);
+        }
     });
 }
 
-template <class Team, class T = typename Team::Real>
+// Activated: in place of x are the gates.
+template <bool Activated = false, class Team, class T = typename Team::Real>
 NTM_FN void gru_gates_backward(const Team& team, Index H, const T* x, const T* y, const T* hidden,
                                const T* grad_new_hidden, T* grad_x /*[3H]*/, T* grad_y /*[3H]*/,
                                T* grad_hidden /*[H]*/) {
     using Math = typename Team::Math;
+    using V = typename Team::V;
     team.tiles(H, [&](auto tile) NTM_INLINE {
-        const auto r = sigmoid<Math>(tile.load(x) + tile.load(y));
-        const auto z = sigmoid<Math>(tile.load(x + H) + tile.load(y + H));
-        const auto y_n = tile.load(y + 2 * H);
-        const auto n = Math::tanh(tile.load(x + 2 * H) + r * y_n);
-        const auto dh = tile.load(grad_new_hidden);
+        GRUGateValues<V> gate;
+        if constexpr (Activated)
+            gate = {tile.load(x), tile.load(x + H), tile.load(x + 2 * H)};
+        else
+            gate = activated_gru<Math>(tile, H, x, y);
+        const auto [r, z, n] = gate;
+        const auto y_n = tile.load(y + 2 * H), dh = tile.load(grad_new_hidden);
         const auto dn = dh * (1 - z) * (1 - n * n);
         const auto dr = dn * y_n * r * (1 - r);
         const auto dz = dh * (tile.load(hidden) - n) * z * (1 - z);

@@ -126,7 +126,7 @@ NTM_FN T* at(const SequenceSizes& s, T* array, Size size, Size layer, Size t, Si
 // What comes in as x, and what every step leaves behind.
 template <class T>
 struct SequenceTrail {
-    T* x;              // [T, B, gates]    comes in as the inputs' product, goes out as all that feeds the first layer
+    T* x;              // [T, B, gates]    comes in as the inputs' product, goes out as the first layer's gates, active
     T* upper_x;        // [L-1, T, B, gates]  the other layers'
     T* y;              // [L, T, B, gates]  GRU: the hidden states' products; an LSTM's are in x
     T* hidden;         // [L-1, T, B, H]    of the layers below the last
@@ -200,11 +200,11 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
             team.sync();
             team.elements(E, [&](const auto& own, Size e, Size) NTM_INLINE {
                 if (s.gru) {
-                    gru_gates(own, H, x + e * G, y + e * G, hidden + e * H, hidden + e * H);
+                    gru_gates(own, H, x + e * G, y + e * G, hidden + e * H, hidden + e * H, x + e * G);
                     leave(own, G, y + e * G, y_kept + e * G);
                 } else {
                     T* cell = state.cell + (l * state.span + e) * H;
-                    lstm_gates(own, H, x + e * G, cell, hidden + e * H, cell);
+                    lstm_gates(own, H, x + e * G, cell, hidden + e * H, cell, x + e * G);
                     leave(own, H, cell, at(s, trail.cell, H, l, t, first + e));
                 }
                 leave(own, G, x + e * G, x_kept + e * G);
@@ -370,13 +370,13 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
                     const T* hidden = !t            ? initial.hidden + (l * B + b) * H
                                       : l + 1 < s.L ? at(s, trail.hidden, H, l, t - 1, b)
                                                     : at(s, trail.features, H + F, 0, t - 1, b);
-                    gru_gates_backward(own, H, x, at(s, trail.y, G, l, t, b), hidden, dh + e * H, dx + e * G,
-                                       dy + e * G, dhidden + e * H);
+                    gru_gates_backward<true>(own, H, x, at(s, trail.y, G, l, t, b), hidden, dh + e * H, dx + e * G,
+                                             dy + e * G, dhidden + e * H);
                     clear(own, K, below + e * K);
                 } else {
                     const T* cell = t ? at(s, trail.cell, H, l, t - 1, b) : initial.cell + (l * B + b) * H;
-                    lstm_gates_backward(own, H, x, cell, at(s, trail.cell, H, l, t, b), dh + e * H, dcell + e * H,
-                                        dx + e * G, dcell + e * H);
+                    lstm_gates_backward<true>(own, H, x, cell, at(s, trail.cell, H, l, t, b), dh + e * H,
+                                              dcell + e * H, dx + e * G, dcell + e * H);
                     clear(own, K + H, joined + e * (K + H));
                 }
             });
