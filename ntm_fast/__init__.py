@@ -3,7 +3,8 @@
 __version__ = "0.1.0"
 
 from . import ops, reference
-from ._native import available, capabilities, empty_cache
+from ._native import available, capabilities
+from .graphs import empty_cache
 from .modules import FastNTM, NTMCell
 from .ops import explain
 from .state import NTMState, NTMTrace

@@ -247,11 +247,8 @@ def empty(like: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
     return like.new_empty(*sizes)  # torch takes numbers in a third less time than a tuple of them
 
 
-def empty_cache() -> int:
-    """Give the main memory that is kept for the next training step back to the system; returns how many bytes.
-
-    At most 256 MB are kept: docs/memory.md. What tensors still use is not touched.
-    """
+def release_pool() -> int:
+    """Give the main memory that is kept for the next training step back to the system; returns how many bytes."""
     return _extension().release_pool() if _cpu().reason is None else 0
 
 

@@ -146,7 +146,8 @@ class _NTM(nn.Module):
         if self.engine == "reference":
             return "reference"
         device, dtype = weight.device, weight.dtype
-        if self.engine != "step":
+        in_steps = self.engine == "auto" and ops.faster_in_steps(device.type, self.hidden_size)
+        if self.engine != "step" and not (in_steps and recurrence.can_serve(device.type)):
             reason = ops.why_no_sequence(self.controller_type) or ops.why_not_native(device, dtype, "ntm_sequence")
             if reason is None:
                 return "sequence"
@@ -232,11 +233,11 @@ class _NTM(nn.Module):
                 features, *final = ops.ntm_sequence(*arguments, **options, memory_checkpoint=self.memory_checkpoint)
             else:  # what the operator would check is checked
                 features, *final = ops.checked_sequence(arguments, (*options.values(), ops.EPS, self.memory_checkpoint))
-        elif engine != "step" or records is not None or not recurrence.can_serve(inputs):
+        elif engine == "step" and records is None and inputs.shape[1] > 0 and recurrence.can_serve(inputs.device.type):
+            features, *final = recurrence.run(*arguments, **options)
+        else:
             kernels = reference if engine == "reference" else ops
             features, *final = reference.unroll(kernels, *arguments, **options, records=records)
-        else:
-            features, *final = recurrence.run(*arguments, **options)
         outputs = F.linear(features, *parameters(self.output, ("weight", "bias")))
         return outputs, NTMState(*final)
 
@@ -275,8 +276,9 @@ class FastNTM(_NTM):
         clip: raw head parameters are clamped to +-clip; ``None`` switches it off.
         batch_first: batched inputs and outputs are (B, T, ...) instead of (T, B, ...). States are not affected.
         engine: ``"sequence"`` (one native call for all steps; LSTM and GRU), ``"step"`` (one native call per memory
-            step), ``"reference"`` (plain PyTorch) or ``"auto"``, the fastest that can serve. A forced engine that
-            cannot serve raises a ``RuntimeError`` with the reason.
+            step; on CUDA captured into CUDA graphs when the same shapes come again), ``"reference"`` (plain PyTorch) or
+            ``"auto"``, the fastest that can serve: on CUDA with a ``hidden_size`` of more than 256 that is ``"step"``.
+            A forced engine that cannot serve raises a ``RuntimeError`` with the reason.
         memory_checkpoint: of the sequence engine in training: ``"all"`` keeps the memory of every step for backward, a
             number K that of every K-th step, and writes those between again. ``"auto"``: all of them up to 2 MB,
             beyond that every sqrt(T)-th, which is then the faster choice too.

@@ -23,6 +23,7 @@ _LIBRARY = torch.library.Library("ntm_fast", "DEF")
 _MEMORY = "BNM"  # tensors of these dimensions are location-minor inside: [B, M, N]
 _ACTIVATIONS = ("tanh", "identity")
 EPS = 1e-8  # every operator's default
+LARGEST_HIDDEN = 256  # of a controller whose weights each block of a GPU reads at every step; docs/decisions.md
 
 
 class _Operator(NamedTuple):
@@ -300,7 +301,7 @@ def flat_sequence(*tensors: Tensor, controller: str, **options: Any) -> tuple[Te
     return *outputs, *state
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether somebody is to see registered operators: a tracer, or a mode that intercepts them."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
@@ -308,7 +309,7 @@ def _watched() -> bool:
 def _run_sequence(*args: Any, keep: bool = False) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Tensors and options in a row -> features and final state in a row, and the trail."""
     tensors, options = args[: -len(_SEQUENCE_OPTIONS)], args[-len(_SEQUENCE_OPTIONS) :]
-    kernel = torch.ops.ntm_fast.ntm_sequence.default if _watched() else sequence.forward
+    kernel = torch.ops.ntm_fast.ntm_sequence.default if watched() else sequence.forward
     *outputs, state, trail = kernel(*nested(tensors, options[0]), *options, keep)
     return (*outputs, *state), trail
 
@@ -341,7 +342,7 @@ class _NTMSequence(torch.autograd.Function):
             return (*grads_through(twin, tensors, grads), *nones)
         needs_inputs = ctx.needs_input_grad[0]
         arguments = *nested(tensors, ctx.options[0]), features, memory, trail, *grads[:5], grads[5:]
-        if _watched():
+        if watched():
             found = torch.ops.ntm_fast.ntm_sequence_backward.default(*arguments, *ctx.options, needs_inputs)
         else:  # the trail may go, unless backward may be asked for once more
             spend = not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -399,6 +400,15 @@ def why_not_native(device: torch.device, dtype: torch.dtype, name: str = "memory
 def why_no_sequence(controller: str) -> str | None:
     """Why no native :func:`ntm_sequence` takes such a controller; None when one does."""
     return "its controllers are LSTM and GRU, not feedforward" if controller == "feedforward" else None
+
+
+def faster_in_steps(device_type: str, hidden_size: int) -> bool:
+    """Whether such a controller's sequences are better served step by step than by :func:`ntm_sequence`.
+
+    On CUDA a block multiplies by all of the controller's weights at every step. Beyond some size, cuBLAS, which deals
+    them out among all blocks, makes up for the kernels that a step in a captured graph then takes.
+    """
+    return device_type == "cuda" and hidden_size > LARGEST_HIDDEN
 
 
 def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
@@ -639,7 +649,7 @@ def checked_sequence(
     """:func:`ntm_sequence` of tensors, as it takes them, and options that are known to be right and to be served."""
     *options, checkpoint = options
     options.append(_CHECKPOINTS.get(checkpoint, checkpoint))
-    if torch.is_grad_enabled() or _watched() or transforming():
+    if torch.is_grad_enabled() or watched() or transforming():
         return grouped(_serve(_NTMSequence, in_a_row(arguments), dict(zip(_SEQUENCE_OPTIONS, options))))
     *outputs, state, _ = sequence.forward(*arguments, *options, False)
     return *outputs, tuple(state)

@@ -12,11 +12,12 @@ state of the layer below for the others.
 from __future__ import annotations
 
 import functools
+from typing import Sequence
 
 import torch
 from torch import Tensor
 
-from . import _native, ops, reference
+from . import _native, graphs, ops, reference
 
 
 class _Layer:
@@ -200,12 +201,12 @@ def _run(name: str, batch: int, hidden_size: int, *tensors: Tensor) -> None:
 
 
 class StepTape:
-    """A sequence on its way forward, and what backward needs of it."""
+    """A sequence on its way forward, and what backward needs of it. ``tensors``: those of ntm_sequence in a row."""
 
-    def __init__(self, controller: str, options: dict, keep: bool, inputs: Tensor, tensors: tuple[Tensor, ...]):
+    def __init__(self, controller: str, options: dict, keep: bool, tensors: Sequence[Tensor]):
         kind = reference.CONTROLLERS[controller]
-        nested = ops.nested((inputs, *tensors), controller)
-        _, memory, read_weights, write_weights, reads, state, weights, self.heads_weight, self.heads_bias = nested
+        inputs, memory, read_weights, write_weights, reads, state, weights, *heads = ops.nested(tensors, controller)
+        self.heads_weight, self.heads_bias = heads
         self.keep = keep
         self.steps, self.batch, _ = inputs.shape
         shift_range, *scalars = ({**options, "eps": ops.EPS}).values()
@@ -320,41 +321,44 @@ class StepTape:
 
 class _Sequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, controller, options, inputs, *tensors):
+    def forward(ctx, controller, options, *tensors):
         ctx.options = {"controller": controller, **options}
-        ctx.tape = StepTape(controller, options, True, inputs, tensors)
+        ctx.tape = _tape(controller, options, True, ctx.needs_input_grad[2], tensors)
         outputs = ctx.tape.forward()
         # What backward needs of the outputs is kept by torch: it notices when they are changed in place before, and a
         # tape that held them would hold, through their graph, itself.
-        ctx.save_for_backward(inputs, *tensors, *outputs[1:4])
+        ctx.save_for_backward(*tensors, *outputs[1:4])
         return outputs
 
     @staticmethod
     def backward(ctx, *grads):
-        inputs, *tensors = ctx.saved_tensors
-        tensors, outputs = tensors[:-3], tensors[-3:]
+        saved = ctx.saved_tensors
+        tensors, outputs = saved[:-3], saved[-3:]
         if torch.is_grad_enabled():
             twin = functools.partial(ops.flat_sequence, **ctx.options)
-            return None, None, *ops.grads_through(twin, (inputs, *tensors), grads)
+            return None, None, *ops.grads_through(twin, tensors, grads)
         found = ctx.tape.backward(ctx.needs_input_grad[2], outputs, grads)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.tape = None  # as saved tensors are, rather than when the last output goes
         return None, None, *found
 
 
-def can_serve(inputs: Tensor) -> bool:
+def _tape(controller: str, options: dict, keep: bool, needs_inputs: bool, tensors: tuple[Tensor, ...]):
+    """A StepTape; on CUDA, where such a call has come before, one captured into graphs."""
+    make = functools.partial(StepTape, controller, options, keep)
+    if ops.watched():  # a mode is to see what is computed
+        return make(tensors)
+    return graphs.tape(make, (controller, *options.values()), tensors, keep, needs_inputs)
+
+
+def can_serve(device_type: str) -> bool:
     """Whether nothing is at work that needs the loop in plain PyTorch."""
-    return not (
-        torch.compiler.is_compiling()
-        or ops.transforming()
-        or torch.is_autocast_enabled(inputs.device.type)
-        or inputs.shape[1] == 0
-    )
+    return not (torch.compiler.is_compiling() or ops.transforming() or torch.is_autocast_enabled(device_type))
 
 
 def run(*arguments, controller: str, **options) -> tuple:
-    """:func:`ops.ntm_sequence`, its arguments checked; ``options`` are those of memory_step."""
-    inputs, *tensors = ops.in_a_row(arguments)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (inputs, *tensors)):
-        return ops.grouped(_Sequence.apply(controller, options, inputs, *tensors))
-    return ops.grouped(StepTape(controller, options, False, inputs, tuple(tensors)).forward())
+    """:func:`ops.ntm_sequence`, its arguments checked, no empty batch; ``options`` are those of memory_step."""
+    tensors = ops.in_a_row(arguments)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return ops.grouped(_Sequence.apply(controller, options, *tensors))
+    return ops.grouped(_tape(controller, options, False, False, tensors).forward())

@@ -4,6 +4,8 @@ import pytest
 import torch
 from comparison import BACKENDS, KERNELS, Backend, usable
 
+from ntm_fast import graphs
+
 
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
 def backend(request, monkeypatch) -> Backend:
@@ -26,6 +28,7 @@ def _same_state_everywhere():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    graphs.clear()
     yield
     torch.set_num_threads(threads)
     assert torch.get_default_dtype() is torch.float32

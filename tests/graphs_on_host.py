@@ -1,0 +1,118 @@
+"""CUDA graphs as far as they can be had without a GPU: every operation with its addresses, and nothing of Python.
+
+Capturing runs the work and notes each torch operation with the tensors it had, and each native call with its raw
+addresses. Nothing is known of the results, as on a GPU, where capturing computes nothing: they are filled with NaN. A
+replay does what was noted, in the same memory. Memory that nothing outside of the graphs holds any more is a pool's to
+give to others: after every capture and replay it is filled with NaN too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from ntm_fast import _native
+
+ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # which launch nothing
+
+
+class HostRecorder:
+    """Stands in for graphs.CUDARecorder."""
+
+    recording = False
+    replays = 0  # of all graphs
+    room = 1 << 40
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.bytes = device, 0
+        self.blocks: dict[int, Tensor] = {}  # all of each storage that the graphs know, by its address
+        self.aliases: dict[int, list[Tensor]] = {}  # our own tensors there
+        self.given: set[int] = set()  # the storages that were there before
+
+    @staticmethod
+    def stream(device: torch.device) -> int | None:
+        return None if HostRecorder.recording else 0
+
+    @staticmethod
+    def memory(device: torch.device) -> int:
+        return HostRecorder.room
+
+    def capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        known = set(self.blocks)
+        operations: list[Callable[[], None]] = []
+        native, HostRecorder.recording = _native.call, True
+        _native.call = lambda name, like, *values: self._native_call(operations, native, name, like, values)
+        try:
+            with _Noting(self, operations):
+                results = work()
+        finally:
+            _native.call, HostRecorder.recording = native, False
+        for address in set(self.blocks) - known - self.given:
+            self.blocks[address].fill_(torch.nan)
+            self.bytes += self.blocks[address].nbytes
+        self._scribble()
+
+        def replay() -> None:
+            HostRecorder.replays += 1
+            with torch.inference_mode(False), torch.no_grad():
+                for operation in operations:
+                    operation()
+                self._scribble()
+
+        return replay, results
+
+    def alias(self, tensor: Tensor) -> Tensor:
+        """The same numbers, held by us alone."""
+        address = tensor.untyped_storage().data_ptr()
+        if address not in self.blocks:
+            count = tensor.untyped_storage().nbytes() // tensor.element_size()
+            self.blocks[address] = tensor.new_empty(0).set_(tensor.untyped_storage(), 0, (count,))
+            self.aliases[address] = [self.blocks[address]]
+        own = tensor.new_empty(0)
+        own.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        self.aliases[address].append(own)
+        return own
+
+    def _scribble(self) -> None:
+        for address, block in self.blocks.items():
+            # Asking makes one more, for Python.
+            if torch._C._storage_Use_Count(block.untyped_storage()._cdata) == len(self.aliases[address]) + 1:
+                block.fill_(torch.nan)
+
+    def _native_call(self, operations: list, call: Callable, name: str, like: Tensor, values: tuple) -> None:
+        own = self.alias(like)
+        operations.append(lambda: call(name, own, *values))
+        call(name, like, *values)
+
+
+class _Noting(TorchDispatchMode):
+    def __init__(self, recorder: HostRecorder, operations: list) -> None:
+        super().__init__()
+        self.recorder, self.operations = recorder, operations
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function._schema.name.removeprefix("aten::"), kwargs or {}
+        if name in ("_local_scalar_dense", "nonzero"):
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        before = set(self.recorder.blocks)
+        own_args, own_kwargs = tree_map_only(Tensor, self.recorder.alias, (args, kwargs))
+        self.recorder.given |= set(self.recorder.blocks) - before
+        results = function(*args, **kwargs)
+        own_results = tree_map_only(Tensor, self.recorder.alias, results)
+
+        def again() -> None:
+            for result, own in zip(_flat(function(*own_args, **own_kwargs)), _flat(own_results), strict=True):
+                if result.data_ptr() != own.data_ptr():  # neither a view nor written in place
+                    own.copy_(result)
+
+        if name not in ALLOCATE:
+            self.operations.append(again)
+        return results
+
+
+def _flat(results: Any) -> list[Tensor]:
+    return list(results) if isinstance(results, (tuple, list)) else [results]
