@@ -1,4 +1,4 @@
-"""What part ``bench`` of gpu_report.py measures: each kernel's bandwidth, the memory step, the training step.
+"""What part ``bench`` of gpu_report.py measures: each kernel's bandwidth and the memory step.
 
 Agreement with the reference is checked before anything is timed, in float32 without TF32. Kernels and small steps work
 in turn on several sets of tensors, together more than the cache holds; sides that are compared take turns.
@@ -7,14 +7,17 @@ in turn on several sets of tensors, together more than the cache holds; sides th
 from __future__ import annotations
 
 import contextlib
+import gc
+import math
 import signal
+import time
 from typing import Any, Callable, Iterator, NamedTuple
 
 import torch
-from job import answers, compare, copy_batch, make, training_step
 from operators import DIRECTIONS, OPERATORS, Call, Sizes, both, call, check, inputs, inputs_of, options, outputs_of
 from timing import DeviceClock, HostClock, summary, take_turns
 
+import ntm_fast
 from ntm_fast import ops, reference
 
 Clock = HostClock | DeviceClock
@@ -22,6 +25,7 @@ Clock = HostClock | DeviceClock
 LARGE = 64e6  # bytes: kernels that move as much are measured by their bandwidth, smaller ones by their delay
 BANDWIDTH, DELAY = 0.8, 3.0  # of the copy's; microseconds beyond the copy's
 OVERTIME = 30.0  # seconds that a measurement may go on when the part's time is up
+PATIENCE = 4.0  # times what a measurement takes, about: it is given up then
 SPEEDUP, SPEEDUP_BATCH = 10.0, 1024  # of the memory step, forward and backward, over eager
 
 
@@ -31,8 +35,6 @@ class Scope(NamedTuple):
     batches: tuple[int, ...]
     memories: tuple[tuple[int, int], ...]  # N, M
     hidden: int
-    training_batches: tuple[int, ...]
-    training_steps: int
     kernel_seconds: float
     step_seconds: float
 
@@ -41,12 +43,10 @@ FULL = Scope(
     batches=(1024, 16384, 64, 4096, 256),
     memories=((128, 20), (1024, 64), (128, 64), (1024, 20)),
     hidden=100,
-    training_batches=(1024, 256, 64, 4096),
-    training_steps=41,
     kernel_seconds=0.25,
     step_seconds=3.0,
 )
-SMOKE = Scope((3, 2), ((16, 4), (9, 3)), 5, (2,), 5, 0.0, 0.0)  # figures that mean nothing
+SMOKE = Scope((3, 2), ((16, 4), (9, 3)), 5, 0.0, 0.0)  # figures that mean nothing
 
 
 class Measurement(NamedTuple):
@@ -60,13 +60,11 @@ class Measurement(NamedTuple):
 
 def measurements(scope: Scope, compiled: bool) -> list[Measurement]:
     """The most important first."""
-    first, *others = scope.training_batches
-    found = [_training(scope, "lstm", first), _memory_step(scope, scope.batches[0], scope.memories[0], False)]
+    found = [_memory_step(scope, scope.batches[0], scope.memories[0], False)]
     found += [_memory_step(scope, scope.batches[0], scope.memories[0], True)] * compiled
     by_memory = [list(_kernels(scope, N, M)) for N, M in scope.memories]
     found += by_memory[0]
     found += [_memory_step(scope, B, scope.memories[0], False) for B in scope.batches[1:]]
-    found += [_training(scope, "lstm", B) for B in others] + [_training(scope, "gru", first)]
     found += [kernel for kernels in by_memory[1:] for kernel in kernels]
     found += [_memory_step(scope, scope.batches[0], memory, False) for memory in scope.memories[1:]]
     return found
@@ -173,43 +171,10 @@ def measure_memory_step(sizes: Sizes, compiled: bool, clock: Clock, seconds: flo
         functions[side] = work
         if clock.graphs:
             functions[f"{side}, graph"] = clock.captured(work)
-    times = take_turns(functions, seconds, clock)
+    times = take_turns(functions, seconds, clock, turn=min(seconds / 30, 0.1))
     us = {name: summary([1e3 * time / sets for time in found]) for name, found in times.items()}
     met = us["eager"]["median"] >= SPEEDUP * us["native"]["median"] if sizes.B == SPEEDUP_BATCH else None
     return {"sets": sets, "us": us, "met": met}
-
-
-# --- the training step ------------------------------------------------------------------------------------------------
-
-
-def _training(scope: Scope, controller: str, B: int) -> Measurement:
-    return Measurement(
-        "training",
-        f"training step, {controller}, B={B}, T={scope.training_steps}",
-        30.0,
-        lambda clock: measure_training(controller, B, scope.training_steps, clock, scope.step_seconds),
-    )
-
-
-def measure_training(controller: str, B: int, steps: int, clock: Clock, seconds: float) -> dict[str, Any]:
-    """The standard training step by engine, plain and as a CUDA graph."""
-    device, batch = torch.device(clock.device), copy_batch(B, steps, clock.device)
-    engines = ["step", "reference", "no memory"]
-    if not ops.why_not_native(device, torch.float32, "ntm_sequence"):
-        engines.insert(0, "sequence")
-    wanted = answers(make(controller, "reference").to(device), batch)
-    for engine in engines:
-        if engine not in ("reference", "no memory"):
-            compare(engine, answers(make(controller, engine).to(device), batch), wanted)
-    del wanted
-    functions = {}
-    for engine in engines:
-        functions[engine] = training_step(make(controller, engine).to(device), batch)
-        if clock.graphs:
-            step = training_step(make(controller, engine).to(device), batch, capturable=True)
-            functions[f"{engine}, graph"] = clock.captured(step)
-    ms = {name: summary(times) for name, times in take_turns(functions, seconds, clock).items()}
-    return {"ms": ms}
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -228,24 +193,28 @@ def exact_products() -> Iterator[None]:
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError within when the time is up."""
+    """Raises TimeoutError within when the time is up; so does one around it."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError("its time is up")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    start, before = time.monotonic(), signal.signal(signal.SIGALRM, stop)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    left = left or math.inf
+    signal.setitimer(signal.ITIMER_REAL, max(min(seconds, left), 1e-3))
     try:
         yield
     finally:
+        left -= time.monotonic() - start
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if left < math.inf:
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
 
 
-def bench(report: Any, clock: Clock, compiled: bool) -> None:
+def measure(report: Any, clock: Clock, todo: list[Measurement], *sections: str) -> None:
     """Measure into the report (of gpu_parts.py) until its time is up, and say in it what was left out."""
-    report.found |= {"bandwidth": [], "memory_step": [], "training": [], "left_out": []}
-    todo = measurements(SMOKE if clock.device == "cpu" else FULL, compiled)
+    report.found |= {section: [] for section in (*sections, "left_out")}
     with exact_products():
         while todo:
             section, title, seconds, run = todo.pop(0)
@@ -254,8 +223,10 @@ def bench(report: Any, clock: Clock, compiled: bool) -> None:
                 continue
             try:
                 torch.manual_seed(0)
-                with limited(report.left() + OVERTIME):
+                with limited(min(report.left() + OVERTIME, PATIENCE * seconds)):
                     finding = run(clock)
+                for failure in finding.pop("failures", ()):
+                    report.fail(title, failure)
                 report.add(section, {"title": title, **finding})
             except TimeoutError:
                 report.add("left_out", f"{title}: it took too long")
@@ -267,8 +238,21 @@ def bench(report: Any, clock: Clock, compiled: bool) -> None:
                     report.found["left_out"] += [f"{one.title}: the device no longer answers" for one in todo]
                     report.save()
                     return
-            if clock.device == "cuda":
-                torch.cuda.empty_cache()  # a graph's memory serves nobody else
+            ntm_fast.empty_cache()
+            release(clock)
+
+
+def release(clock: Clock) -> None:
+    """Give the device's memory back that nobody holds: a graph's serves nobody else."""
+    gc.collect()
+    if clock.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def bench(report: Any, clock: Clock, compiled: bool) -> None:
+    """The part."""
+    scope = SMOKE if clock.device == "cpu" else FULL
+    measure(report, clock, measurements(scope, compiled), "bandwidth", "memory_step")
 
 
 def answering(clock: Clock) -> bool:
@@ -289,34 +273,35 @@ def text(found: dict[str, Any]) -> list[str]:
         f"of the copy below; memory_step, forward and backward, {SPEEDUP:g}x eager at B = {SPEEDUP_BATCH}.",
         "",
     ]
-    for record in found["training"]:
-        lines += _engines(record["title"], record["ms"], "ms", "step", None)
     for record in found["memory_step"]:
-        lines += _engines(record["title"], record["us"], "us", "native", record["met"])
+        lines += _sides(record["title"], record["us"], record["met"])
     if found["bandwidth"]:
         lines += ["| kernel | MB | us | copy, us | GB/s | of the copy's | target |", "|---|" + "---:|" * 5 + "---|"]
     for record in found["bandwidth"]:
         us, copy = (record["us"][name]["median"] for name in ("kernel", "copy"))
         lines.append(
             f"| {record['title']} | {record['bytes'] / 1e6:.3g} | "
-            f"{us:.4g} | {copy:.4g} | {record['gb_per_s']:.4g} | {copy / us:.0%} | {_target(record['met'])} |"
+            f"{us:.4g} | {copy:.4g} | {record['gb_per_s']:.4g} | {copy / us:.0%} | {target(record['met'])} |"
         )
     lines += [""]
     goals = [record["met"] for section in ("bandwidth", "memory_step") for record in found[section]]
     goals = [met for met in goals if met is not None]
-    lines += [f"Targets met: {sum(goals)} of {len(goals)}.", ""]
-    if found["left_out"]:
-        lines += [f"Left out, {len(found['left_out'])}:", "", *(f"- {what}" for what in found["left_out"]), ""]
-    return lines
+    return [*lines, f"Targets met: {sum(goals)} of {len(goals)}.", "", *left_out(found)]
 
 
-def _engines(title: str, times: dict[str, dict[str, float]], unit: str, ours: str, met: bool | None) -> list[str]:
-    lines = [f"| {title} | {unit} | / {ours} |", "|---|---:|---:|"]
-    for name, one in times.items():
-        target = f" ({_target(met)})" if met is not None and name == "eager" else ""
-        lines.append(f"| {name} | {one['median']:.4g} | {one['median'] / times[ours]['median']:.3g}x{target} |")
+def left_out(found: dict[str, Any]) -> list[str]:
+    if not found["left_out"]:
+        return []
+    return [f"Left out, {len(found['left_out'])}:", "", *(f"- {what}" for what in found["left_out"]), ""]
+
+
+def _sides(title: str, us: dict[str, dict[str, float]], met: bool | None) -> list[str]:
+    lines = [f"| {title} | us | / native |", "|---|---:|---:|"]
+    for name, one in us.items():
+        verdict = f" ({target(met)})" if met is not None and name == "eager" else ""
+        lines.append(f"| {name} | {one['median']:.4g} | {one['median'] / us['native']['median']:.3g}x{verdict} |")
     return [*lines, ""]
 
 
-def _target(met: bool | None) -> str:
+def target(met: bool | None) -> str:
     return {True: "met", False: "**missed**", None: ""}[met]

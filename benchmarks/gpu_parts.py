@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_bench
+import gpu_engines
 from timing import ROOT, DeviceClock, HostClock, circumstances, save, show, where, write
 
 import ntm_fast
@@ -65,9 +66,9 @@ def run(part: str, options: argparse.Namespace, until: float) -> int:
         raise ValueError(f"no native kernels serve {options.device}: {reason}")
     report = Report(part, options, until)
     print(f"{part}: at most {report.left():.0f} s", file=sys.stderr, flush=True)
-    if part == "bench":
+    if part in MEASURED:
         clock = DeviceClock() if options.device == "cuda" else HostClock()
-        gpu_bench.bench(report, clock, options.compiled)
+        MEASURED[part](report, clock, options.compiled)
     else:
         {"suite": suite, "sanitize": sanitize}[part](report, options)
     report.found["finished"] = True
@@ -200,4 +201,11 @@ def sanitize_text(found: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-TEXTS = {"suite": suite_text, "sanitize": sanitize_text, "bench": gpu_bench.text}
+MEASURED = {"bench": gpu_bench.bench, "engines": gpu_engines.engines, "compiled": gpu_engines.compiled}
+TEXTS = {
+    "suite": suite_text,
+    "sanitize": sanitize_text,
+    "bench": gpu_bench.text,
+    "engines": gpu_engines.text,
+    "compiled": gpu_engines.text,
+}

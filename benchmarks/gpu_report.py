@@ -1,9 +1,12 @@
-"""Check and measure ntm_fast on this machine's GPU, in three parts of at most eight minutes each.
+"""Check and measure ntm_fast on this machine's GPU, in parts of at most eight minutes each.
 
     python benchmarks/gpu_report.py                     build and install, then every part
     python benchmarks/gpu_report.py --part suite        the tests: first those on CUDA, then all others
     python benchmarks/gpu_report.py --part sanitize     compute-sanitizer's four tools over a small run
-    python benchmarks/gpu_report.py --part bench        kernels against copies, the memory step, the training step
+    python benchmarks/gpu_report.py --part bench        kernels against copies, the memory step
+    python benchmarks/gpu_report.py --part engines      training and inference by engine over all sizes, their memory,
+                                                        profiles, and copy trained until it is solved
+    python benchmarks/gpu_report.py --part compiled     engines against torch.compile(mode="max-autotune")
     python benchmarks/gpu_report.py --device cpu        a smoke run without a GPU: its figures mean nothing
 
 Each part writes gpu_<part>.json and gpu_<part>.md, after every finding anew: what was found is there if it is cut
@@ -24,7 +27,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("suite", "sanitize", "bench")
+PARTS = ("suite", "sanitize", "bench", "engines", "compiled")
 FINE, FAILED, IMPOSSIBLE = 0, 1, 2
 
 
@@ -35,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=420.0, help="time for each part, the build included [420]")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="[benchmarks/results]")
     parser.add_argument("--no-build", dest="build", action="store_false", help="take ntm_fast as it is installed")
-    parser.add_argument("--no-compile", dest="compiled", action="store_false", help="bench: without torch.compile")
+    parser.add_argument("--no-compile", dest="compiled", action="store_false", help="without torch.compile")
     parser.add_argument("--tests", type=Path, default=ROOT / "tests", help="suite: which tests [tests]")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="[cuda]")
     options = parser.parse_args(arguments)

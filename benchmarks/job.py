@@ -34,10 +34,10 @@ def copy_batch(batch_size: int, steps: int = STEPS, device: str = "cpu") -> Batc
 class Bare(nn.Module):
     """What a controller without a memory costs: ``nn.LSTM`` or ``nn.GRU``, and a Linear."""
 
-    def __init__(self, controller: str) -> None:
+    def __init__(self, controller: str, hidden: int = HIDDEN) -> None:
         super().__init__()
-        self.rnn = {"lstm": nn.LSTM, "gru": nn.GRU}[controller](INPUTS, HIDDEN)
-        self.output = nn.Linear(HIDDEN, BITS)
+        self.rnn = {"lstm": nn.LSTM, "gru": nn.GRU}[controller](INPUTS, hidden)
+        self.output = nn.Linear(hidden, BITS)
 
     def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         hidden, state = self.rnn(inputs, state)
@@ -45,15 +45,16 @@ class Bare(nn.Module):
 
 
 class CompiledSteps(nn.Module):
-    """The reference, each step of it one graph of torch.compile."""
+    """The reference, each step of it one graph of torch.compile. ``mode`` is torch.compile's, the rest NTMCell's."""
 
-    def __init__(self, controller: str) -> None:
+    def __init__(self, controller: str, hidden: int = HIDDEN, mode: str | None = None, **options: Any) -> None:
         super().__init__()
-        self.cell = NTMCell(INPUTS, BITS, HIDDEN, controller=controller, engine="reference")
+        self.cell = NTMCell(INPUTS, BITS, hidden, controller=controller, engine="reference", **options)
         # fullgraph: where torch gives up on compiling again, it would go on in eager mode without a word.
-        self.step = torch.compile(self.cell, dynamic=False, fullgraph=True)
+        self.step = torch.compile(self.cell, dynamic=False, fullgraph=True, mode=mode)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, None]:
+        torch.compiler.cudagraph_mark_step_begin()  # what a graph returned in the sequence before may be overwritten
         state = self.cell.initial_state(inputs.shape[1])
         outputs = []
         for x in inputs:
@@ -62,16 +63,16 @@ class CompiledSteps(nn.Module):
         return torch.stack(outputs), None
 
 
-def make(controller: str, engine: str, **options: Any) -> nn.Module:
-    """A fresh model, its parameters those of every other engine's; ``options`` are of FastNTM."""
+def make(controller: str, engine: str, hidden: int = HIDDEN, **options: Any) -> nn.Module:
+    """A fresh model, its parameters those of every other engine's; ``options`` are of FastNTM or CompiledSteps."""
     torch.manual_seed(0)
     if engine == "no memory":
-        return Bare(controller)
+        return Bare(controller, hidden)
     if engine == "compiled reference":
         # What was compiled for other models and sizes counts towards the most that torch keeps of one function.
         torch.compiler.reset()
-        return CompiledSteps(controller)
-    return FastNTM(INPUTS, BITS, HIDDEN, controller=controller, engine=engine, **options)
+        return CompiledSteps(controller, hidden, **options)
+    return FastNTM(INPUTS, BITS, hidden, controller=controller, engine=engine, **options)
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -138,14 +139,21 @@ class TorchCallsAround(nn.Module):
         return self.output(features), (memory.mT, *rest)
 
 
-def answers(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """All that engines must agree on: the outputs, computed without grad, the loss, and every gradient."""
+def answers(model: nn.Module, batch: Batch, chunk: int | None = None) -> dict[str, Tensor]:
+    """All that engines must agree on: the outputs, computed without grad, the loss, and every gradient.
+
+    ``chunk``: so many sequences at a time, for who cannot hold all of them.
+    """
+    size = batch[0].shape[1]
+    parts = list(zip(*(x.split(chunk or size, dim=1) for x in batch)))
     with torch.no_grad():
-        found = {"outputs": model(batch[0])[0]}
+        found = {"outputs": torch.cat([model(part[0])[0] for part in parts], 1)}
     model.zero_grad(set_to_none=True)
-    loss = loss_of(model, batch)
-    loss.backward()
-    found["loss"] = loss.detach()
+    found["loss"] = torch.zeros((), device=batch[0].device)
+    for part in parts:
+        loss = loss_of(model, part) * (part[0].shape[1] / size)
+        loss.backward()
+        found["loss"] += loss.detach()
     # A compiled model's parameters have other names, in the same order.
     for name, parameter in model.named_parameters():
         found[f"gradient of {name.removeprefix('cell.')}"] = parameter.grad

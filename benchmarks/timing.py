@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import math
 import os
@@ -75,6 +76,10 @@ class HostClock:
         """The work without the launches, to be called any number of times. The CPU has none."""
         return work
 
+    def peak(self, work: Callable[[], Any]) -> tuple[Any, int | None]:
+        """What the work returns, and the most bytes allocated meanwhile, which only a device tells."""
+        return work(), None
+
 
 class DeviceClock:
     """Times work on the current CUDA device, by its own events."""
@@ -91,6 +96,16 @@ class DeviceClock:
         self.end.record()
         self.end.synchronize()
         return self.start.elapsed_time(self.end)
+
+    def peak(self, work: Callable[[], Any]) -> tuple[Any, int | None]:
+        """What the work returns, and the most bytes allocated meanwhile beyond those before."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = work()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before
 
     def captured(self, work: Callable[[], Any]) -> Callable[[], Any]:
         """The work as a CUDA graph; what it works on lives as long."""

@@ -22,9 +22,11 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # its modules import each other by name, as scripts do
 
 import gpu_bench  # noqa: E402
+import gpu_engines  # noqa: E402
 import gpu_parts  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_small_run  # noqa: E402
+import job  # noqa: E402
 import operators  # noqa: E402
 import timing  # noqa: E402
 
@@ -64,7 +66,6 @@ def test_bench_measures_all_of_it(tmp_path):
         assert one["gb_per_s"] == pytest.approx(one["bytes"] / us["kernel"]["median"] / 1e3, rel=1e-3)
         assert f"| {one['title']} |" in page
     assert [set(one["us"]) for one in found["memory_step"]] == [{"native", "eager"}] * 3
-    assert [set(one["ms"]) for one in found["training"]] == [{"sequence", "step", "reference", "no memory"}] * 2
     assert "these figures mean nothing" in page and "Not finished" not in page
 
 
@@ -99,14 +100,14 @@ def test_bench_finds_a_wrong_answer(tmp_path, monkeypatch):
 def test_bench_stops_when_its_time_is_up(tmp_path, monkeypatch):
     status, found, page = report(tmp_path, "bench", "--seconds", "1")
     assert status == 0 and found["finished"]
-    assert not found["training"] and not found["bandwidth"]
+    assert not found["memory_step"] and not found["bandwidth"]
     # The most important first: that order is the report's promise.
-    assert "training step" in found["left_out"][0] and found["left_out"][0] in page
+    assert "memory_step" in found["left_out"][0] and found["left_out"][0] in page
 
     def slow(*_):
         time.sleep(30)
 
-    todo = [gpu_bench.Measurement("training", title, 1.0, slow) for title in ("one", "another")]
+    todo = [gpu_bench.Measurement("memory_step", title, 1.0, slow) for title in ("one", "another")]
     monkeypatch.setattr(gpu_bench, "measurements", lambda *_: todo)
     monkeypatch.setattr(gpu_bench, "OVERTIME", 0.0)
     start = time.monotonic()
@@ -122,11 +123,11 @@ def test_what_was_found_is_on_disk_at_once(tmp_path, monkeypatch):
     def cut(*_):
         raise Cut
 
-    monkeypatch.setattr(gpu_bench, "measure_memory_step", cut)
+    monkeypatch.setattr(gpu_bench, "measure_kernel", cut)
     with pytest.raises(Cut):
         report(tmp_path, "bench", "--no-compile")
     found = json.loads((tmp_path / "gpu_bench.json").read_text())
-    assert len(found["training"]) == 1 and not found["finished"]
+    assert len(found["memory_step"]) == 1 and not found["finished"]
     assert "Not finished" in (tmp_path / "gpu_bench.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"gpu_bench.json", "gpu_bench.md"}
 
@@ -189,7 +190,7 @@ def test_where_a_gpu_was_measured():
 
 
 def test_sizes_of_the_full_run():
-    """What the report is for: B = 64 .. 16,384, N = 128 and 1024, M = 20 and 64, and the training step."""
+    """What the report is for: B = 64 .. 16,384, N = 128 and 1024, M = 20 and 64."""
     todo = gpu_bench.measurements(gpu_bench.FULL, compiled=True)
     titles = [one.title for one in todo]
     assert len(set(titles)) == len(titles)
@@ -198,7 +199,193 @@ def test_sizes_of_the_full_run():
             assert f"read backward, B={B}, N={N}, M={M}" in titles
         assert f"sharpen forward, B={B}, N=1024" in titles
         assert f"memory_step forward and backward, B={B}, N=128, M=20" in titles
-    assert "training step, lstm, B=1024" in titles[0] and "memory_step" in titles[1] and "B=1024" in titles[1]
+    assert "memory_step" in titles[0] and "B=1024" in titles[0]
+
+
+# --- engines and compiled ---------------------------------------------------------------------------------------------
+
+
+def test_engines_measures_all_of_it(tmp_path):
+    status, found, page = report(tmp_path, "engines")
+    assert status == 0 and found["finished"] and not found["failures"] and not found["left_out"]
+    with_graphs = {side.name for side in gpu_engines.SIDES if side.graph}
+    for one in found["engines"]:
+        assert set(one["ms"]) == {side.name for side in gpu_engines.SIDES} - with_graphs
+        assert set(one["cannot"]) == with_graphs
+        assert f"| {one['title']} | ms | / sequence |" in page
+    (profile,), (solved,) = found["profile"], found["solved"]
+    assert 0.99 < sum(one["share"] for one in profile["kernels"]) + 1 - profile["kernels"][0]["share"]
+    assert any("_NTMSequence" in one["kernel"] for one in profile["kernels"])
+    assert not solved["solved"] and solved["sequences"] == 16 and "**not solved** after 16 sequences" in page
+    assert "these figures mean nothing" in page
+
+
+def test_compiled_is_beside_ours(tmp_path, monkeypatch):
+    modes = []
+
+    def compile(module, mode, **_):
+        modes.append(mode)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile)
+    status, found, page = report(tmp_path, "compiled")
+    (one,) = found["engines"]
+    assert status == 0 and set(one["ms"]) == {"sequence", "step", "eager", "compiled"} and modes == ["max-autotune"]
+    assert set(one["cannot"]) == {"compiled, graph"}
+    status, found, _ = report(tmp_path, "compiled", "--no-compile")
+    assert set(found["engines"][0]["ms"]) == {"sequence", "step", "eager"}
+
+
+class Graphs(timing.HostClock):
+    """As if there were graphs; and each side asks for more memory than the one before."""
+
+    graphs = True
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def peak(self, work):
+        self.asked += 1
+        return work(), self.asked
+
+
+def sides(*names: str) -> tuple:
+    found = {side.name: side for side in (*gpu_engines.SIDES, *gpu_engines.COMPILED)}
+    return tuple(found[name] for name in names)
+
+
+def test_every_side_of_every_engine(monkeypatch):
+    def training_step(model, batch, capturable):
+        asked.append(capturable)
+        return job.training_step(model, batch)  # torch's optimisers refuse to be capturable on the CPU
+
+    asked: list[bool] = []
+    monkeypatch.setattr(gpu_engines, "training_step", training_step)
+    found = gpu_engines.measure_job(gpu_engines.SMOKE, gpu_engines.SIDES, Graphs(), 0.0)
+    assert set(found["ms"]) == {side.name for side in gpu_engines.SIDES} == set(found["peak_bytes"])
+    assert not found["cannot"] and not found["failures"] and asked == [side.graph for side in gpu_engines.SIDES]
+
+
+def test_a_side_that_cannot_be_had_says_why(monkeypatch):
+    """Others have their turn; only what is wrong, or ours and broken, is a failure."""
+    right = job.make
+
+    def make(controller, engine, hidden=job.HIDDEN, **options):
+        if engine == "compiled reference" and options["mode"] == "max-autotune":
+            time.sleep(5)
+        if engine == "compiled reference":
+            raise RuntimeError("no compiler\nwith much detail")
+        if engine == "no memory":
+            raise torch.OutOfMemoryError("out of memory")
+        model = right(controller, engine, hidden, **options)
+        if engine == "step":
+            torch.nn.init.zeros_(model.output.bias.data.add_(1))
+            model.heads.bias.data.add_(0.5)
+        return model
+
+    monkeypatch.setattr(gpu_engines, "make", make)
+    which = tuple(
+        side._replace(seconds=0.5 if side.mode == "max-autotune" else side.seconds)
+        for side in sides("sequence", "step", "no memory", "eager", "compiled", "compiled, graph")
+    )
+    found = gpu_engines.measure_job(gpu_engines.SMOKE, which, Graphs(), 0.0)
+    assert set(found["ms"]) == {"sequence", "eager"}
+    assert "disagree" in found["cannot"]["step"] and "memory" in found["cannot"]["no memory"]
+    assert found["cannot"]["compiled"] == "it took too long to make"
+    assert found["cannot"]["compiled, graph"] == "RuntimeError: no compiler"
+    assert len(found["failures"]) == 1 and found["failures"][0].startswith("step: ")
+    page = "\n".join(gpu_engines.text({"engines": [{"title": "it", **found}], "left_out": []}))
+    assert "| compiled | | | cannot: it took too long to make |" in page
+    monkeypatch.setattr(gpu_engines.ops, "why_not_native", lambda *args: "no such kernel" if args[2:] else None)
+    found = gpu_engines.measure_job(gpu_engines.SMOKE, sides("sequence", "eager"), Graphs(), 0.0)
+    assert found["cannot"] == {"sequence": "no such kernel"} and set(found["ms"]) == {"eager"} and not found["failures"]
+
+
+def test_sides_that_do_not_fit_together(monkeypatch):
+    """The one that takes the most is left out."""
+    right = gpu_engines.take_turns
+
+    def take_turns(functions, *rest, **options):
+        if len(functions) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return right(functions, *rest, **options)
+
+    monkeypatch.setattr(gpu_engines, "take_turns", take_turns)
+    found = gpu_engines.measure_job(gpu_engines.SMOKE, sides("sequence", "step", "eager"), Graphs(), 0.0)
+    assert set(found["ms"]) == {"sequence", "step"} and "beside the others" in found["cannot"]["eager"]
+
+
+def test_uncaptured_and_tf32_last_for_a_call_only():
+    before = gpu_engines.graphs.RECORDERS, torch.backends.cudnn.allow_tf32
+    with gpu_engines.kernel_by_kernel(), gpu_engines.tf32():
+        assert not gpu_engines.graphs.RECORDERS and torch.backends.cudnn.allow_tf32
+    assert before == (gpu_engines.graphs.RECORDERS, torch.backends.cudnn.allow_tf32) and before[0]
+
+
+def test_answers_in_chunks_are_the_same():
+    model, batch = job.make("lstm", "reference", 5, memory_locations=9, memory_width=3), job.copy_batch(7, 5)
+    job.compare("chunks", job.answers(model, batch, 3), job.answers(model, batch))
+    wrong = job.answers(model, batch, 3)
+    wrong["loss"] *= 1.1
+    with pytest.raises(AssertionError, match="disagree on loss"):
+        job.compare("chunks", wrong, job.answers(model, batch))
+
+
+def test_targets():
+    record = lambda ms, **sizes: {  # noqa: E731
+        "job": gpu_engines.Job(**sizes)._asdict(),
+        "ms": {name: {"median": value} for name, value in ms.items()},
+    }
+    records = [
+        record({"sequence": 2.0, "step": 3.0, "eager": 41.0, "eager, graph": 7.0, "no memory": 1.5}),
+        record({"sequence": 6.0, "eager": 66.0}, B=4096),
+        record({"step": 20.0}, B=16384),
+        record({"sequence": 0.1}, B=16384, training=False),
+        record({"eager": 1.0}, B=64),
+    ]
+    found = {title: (ratio, met) for title, ratio, met in gpu_engines.goals(records)}
+    assert found == {
+        "20x eager at B = 1024": (20.5, True),
+        "10x eager at B = 4096": (11.0, True),
+        "4x a CUDA graph of the eager step": (3.5, False),
+        "at most twice cuDNN's nn.LSTM without TF32": (0.75, True),
+        "throughput at B = 16384, 0.9 of the best": (1.0, True),
+    }
+    page = "\n".join(gpu_engines.text({"engines": [], "left_out": []}))
+    assert "target" not in page
+
+
+def test_jobs_of_the_full_run():
+    """What the report is for: all sizes about the standard job, both controllers, training and inference."""
+    jobs = gpu_engines.JOBS
+    assert len(set(jobs)) == len(jobs) and jobs[0] == gpu_engines.Job() == gpu_engines.STANDARD
+    for name, values in {
+        "B": (1, 4, 16, 64, 256, 1024, 4096, 16384),
+        "T": (41, 200),
+        "hidden": (100, 256, 512),
+        "controller": ("lstm", "gru"),
+        "training": (True, False),
+    }.items():
+        for value in values:
+            assert gpu_engines.STANDARD._replace(**{name: value}) in jobs, (name, value)
+    assert {(one.N, one.M) for one in jobs} == {(128, 20), (128, 64), (1024, 32)}
+    assert {target.job for target in gpu_engines.TARGETS} <= {*jobs}
+    assert {*gpu_engines.COMPILED_JOBS} <= {*jobs}
+    todo = gpu_engines.engine_measurements(smoke=False)
+    assert len(todo) == len(jobs) + 2 and sum(one.seconds for one in todo) < 600
+
+
+def test_limits_within_limits():
+    start = time.monotonic()
+    with pytest.raises(TimeoutError), gpu_bench.limited(0.5):
+        with pytest.raises(TimeoutError), gpu_bench.limited(0.1):
+            time.sleep(5)
+        with gpu_bench.limited(5):
+            pass
+        time.sleep(5)
+    assert 0.4 < time.monotonic() - start < 3
+    with pytest.raises(TimeoutError), gpu_bench.limited(0.1), gpu_bench.limited(5):
+        time.sleep(5)
 
 
 # --- the suite --------------------------------------------------------------------------------------------------------

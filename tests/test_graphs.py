@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+import types
 import warnings
 import weakref
 from typing import Any
@@ -556,7 +557,7 @@ def test_a_tape_that_is_not_kept_is_found(monkeypatch) -> None:
 
 
 def test_a_turn_that_is_not_taken_is_found(monkeypatch, tapes: list) -> None:
-    monkeypatch.setattr(graphs.weakref, "ref", lambda turn: lambda: None)
+    monkeypatch.setattr(graphs, "weakref", types.SimpleNamespace(ref=lambda turn: lambda: None))
     ntm = make(engine="step")
     warm(ntm)
     calls = [forward(ntm, seed) for seed in range(2)]
