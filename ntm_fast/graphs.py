@@ -11,6 +11,7 @@ could be where another's forward keeps what its backward needs, and the first's 
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import itertools
 import threading
@@ -248,6 +249,7 @@ def _warn_once(reason: str) -> None:
     _warned = True
 
 
+@atexit.register  # while CUDA is still there
 def clear() -> None:
     """Drop all that was captured; what still waits for its backward goes after it."""
     with _lock:

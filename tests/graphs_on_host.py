@@ -1,9 +1,9 @@
 """CUDA graphs as far as they can be had without a GPU: every operation with its addresses, and nothing of Python.
 
-Capturing runs the work and notes each torch operation with the tensors it had, and each native call with its raw
-addresses. Nothing is known of the results, as on a GPU, where capturing computes nothing: they are filled with NaN. A
-replay does what was noted, in the same memory. Memory that nothing outside of the graphs holds any more is a pool's to
-give to others: after every capture and replay it is filled with NaN too.
+Capturing runs the work and notes each torch operation with the tensors it had, and each native function with the raw
+addresses that it was given. Nothing is known of the results, as on a GPU, where capturing computes nothing: they are
+filled with NaN. A replay does what was noted, in the same memory. Memory that nothing outside of the graphs holds any
+more is a pool's to give to others: after every capture and replay it is filled with NaN too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_map_only
 
 from ntm_fast import _native
 
+NAN = 0xFF  # in each of its bytes
+NATIVE = {"memory_step", "lstm_gates", "gru_gates"}  # what the step engine calls
 ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # which launch nothing
 
 
@@ -44,15 +46,15 @@ class HostRecorder:
     def capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         known = set(self.blocks)
         operations: list[Callable[[], None]] = []
-        native, HostRecorder.recording = _native.call, True
-        _native.call = lambda name, like, *values: self._native_call(operations, native, name, like, values)
+        extension, HostRecorder.recording = _native._extension, True
+        _native._extension = lambda: _NotingBinding(extension(), operations)
         try:
             with _Noting(self, operations):
                 results = work()
         finally:
-            _native.call, HostRecorder.recording = native, False
+            _native._extension, HostRecorder.recording = extension, False
         for address in set(self.blocks) - known - self.given:
-            self.blocks[address].fill_(torch.nan)
+            self.blocks[address].fill_(NAN)
             self.bytes += self.blocks[address].nbytes
         self._scribble()
 
@@ -69,8 +71,8 @@ class HostRecorder:
         """The same numbers, held by us alone."""
         address = tensor.untyped_storage().data_ptr()
         if address not in self.blocks:
-            count = tensor.untyped_storage().nbytes() // tensor.element_size()
-            self.blocks[address] = tensor.new_empty(0).set_(tensor.untyped_storage(), 0, (count,))
+            size = tensor.untyped_storage().nbytes()
+            self.blocks[address] = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), 0, (size,))
             self.aliases[address] = [self.blocks[address]]
         own = tensor.new_empty(0)
         own.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -81,12 +83,25 @@ class HostRecorder:
         for address, block in self.blocks.items():
             # Asking makes one more, for Python.
             if torch._C._storage_Use_Count(block.untyped_storage()._cdata) == len(self.aliases[address]) + 1:
-                block.fill_(torch.nan)
+                block.fill_(NAN)
 
-    def _native_call(self, operations: list, call: Callable, name: str, like: Tensor, values: tuple) -> None:
-        own = self.alias(like)
-        operations.append(lambda: call(name, own, *values))
-        call(name, like, *values)
+
+class _NotingBinding:
+    """The binding to the native functions, which notes their calls."""
+
+    def __init__(self, binding: Any, operations: list) -> None:
+        self._binding, self._operations = binding, operations
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._binding, name)
+
+        def call(backend: int, is_double: bool, *arguments: Any) -> None:
+            *_, needed = arguments[:5]  # after threads, device, stream and workspace
+            if not needed:  # else it only asks how much room it needs
+                self._operations.append(lambda: function(backend, is_double, *arguments))
+            function(backend, is_double, *arguments)
+
+        return call if name.removesuffix("_backward") in NATIVE else function
 
 
 class _Noting(TorchDispatchMode):
