@@ -244,8 +244,8 @@ def measure(report: Any, clock: Clock, todo: list[Measurement], *sections: str) 
 
 def release(clock: Clock) -> None:
     """Give the device's memory back that nobody holds: a graph's serves nobody else."""
-    gc.collect()
     if clock.device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -116,7 +116,8 @@ class DeviceClock:
                 work()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # A stream of its own: torch 2.11 to 2.13 drop cuBLAS's workspace with a graph from under others of its stream.
+        with torch.cuda.graph(graph, stream=stream):
             kept = work, work()
 
         def replay() -> Any:

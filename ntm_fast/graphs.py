@@ -12,6 +12,7 @@ could be where another's forward keeps what its backward needs, and the first's 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import itertools
 import threading
@@ -25,7 +26,9 @@ from torch import Tensor
 
 from . import _native
 
-CAPTURED_AT = 3  # the call of its kind that is captured: those before it have set up libraries and loaded kernels
+# The call of its kind that is captured. Those before it set up libraries and load kernels; and who captures himself is
+# told by torch's manual to warm up with three calls, on a stream where a fourth will not come.
+CAPTURED_AT = 4
 KEYS = 32  # kinds of calls captured at a time on a device: copy's 20 lengths, and those of a validation
 SHARE = 0.25  # of a device's memory that they may hold together
 REMEMBERED = 256  # kinds of calls that are counted
@@ -37,9 +40,17 @@ class CUDARecorder:
     All that one recorder captures shares memory: what no tensor holds any more is written over by its other graphs.
     """
 
+    _idle: dict[torch.device, list[torch.cuda.Stream]] = {}
+
     def __init__(self, device: torch.device) -> None:
-        self.device, self.bytes = device, 0
-        self.capture_stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.device, self.bytes, self.pool = device, 0, torch.cuda.graph_pool_handle()
+        # cuBLAS keeps a workspace for each stream, which graphs captured there go on using: so each recorder has a
+        # stream for itself, and of the priority that hardly anybody else asks for.
+        idle = self._idle.setdefault(device, [])
+        self.capture_stream = idle.pop() if idle else torch.cuda.Stream(device, priority=-1)
+
+    def __del__(self) -> None:
+        self._idle[self.device].append(self.capture_stream)
 
     def capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """-> a function that does the work, on the current stream, and the work's results, which it writes."""
@@ -48,14 +59,14 @@ class CUDARecorder:
         with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(self.device)
-            # cuBLAS keeps a workspace for each stream: these graphs get theirs, which no others work in meanwhile.
-            torch._C._cuda_clearCublasWorkspaces()
             try:
                 # Other threads may go on allocating and asking for events.
                 with torch.cuda.graph(graph, self.pool, self.capture_stream, capture_error_mode="thread_local"):
                     results = work()
-            finally:
-                torch._C._cuda_clearCublasWorkspaces()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # before torch 2.12 an invalid capture's pool stays open
+                    torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+                raise
             self.bytes += torch.cuda.memory_reserved(self.device) - before
         return graph.replay, results
 
@@ -108,6 +119,7 @@ class _Captured:
                 )
         self.device = self.given[0].device
         self.bytes = recorder.bytes + sum(x.numel() * x.element_size() for x in (*self.given, *self.grads))
+        self.recorder = recorder  # last: it goes after the graphs
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         _copy_in(self.given, tensors)
