@@ -63,14 +63,14 @@ namespace on_host {
 
 extern bool trace;  // whether every launch is told on stderr
 
-enum Meeting : char { block_barrier, warp_barrier, shuffle };
+enum Meeting : char { block_barrier, group_barrier, warp_barrier, shuffle };
 struct Place {  // in the source, for messages; and threads that meet must meet there
     const char* file;
     int line;
 };
 
-// The calling thread waits for the others of its block or warp.
-void meet(Meeting, Place);
+// The calling thread waits for the others: those of its warp, or those `count` that meet at barrier `id` of the block.
+void meet(Meeting, Place, unsigned id = 0, unsigned count = 0);
 // The bits that lane `source` of the warp brings to the same shuffle.
 std::uint64_t exchange(std::uint64_t bits, unsigned source, unsigned mask, Place);
 
@@ -98,7 +98,11 @@ inline unsigned lane() { return threadIdx.x % 32; }
 }  // namespace on_host
 
 #define ON_HOST_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
-inline void __syncthreads(ON_HOST_PLACE) { on_host::meet(on_host::block_barrier, {file, line}); }
+inline void __syncthreads(ON_HOST_PLACE) { on_host::meet(on_host::block_barrier, {file, line}, 0, blockDim.x); }
+// Of several warps: those `count` threads from a multiple of `count` on that the calling thread is one of.
+inline void __barrier_sync_count(unsigned id, unsigned count, ON_HOST_PLACE) {
+    on_host::meet(on_host::group_barrier, {file, line}, id, count);
+}
 inline void __syncwarp(ON_HOST_PLACE) { on_host::meet(on_host::warp_barrier, {file, line}); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, unsigned source, ON_HOST_PLACE) {

@@ -4,11 +4,16 @@
 // block when all its threads do; anything else, a thread that has left among them, is a barrier in divergent code and
 // fails the launch. Shared memory is full of NaN when a block starts, and nobody may write next to it.
 //
+// A group of warps that meets in __barrier_sync_count goes on when all its threads wait at the same place, whatever the
+// others of the block do meanwhile; the launch fails when nobody can go on. CUDA only counts who comes. Here a group of
+// n threads begins at a multiple of n, and from one __syncthreads to the next a barrier is for one group only, because
+// on a GPU two groups may be there at once although they are not here.
+//
 // Compiled without sanitizers, whose functions are here where the kernels were compiled with them:
 // - AddressSanitizer also finds who reads next to shared memory.
 // - To ThreadSanitizer, every CUDA thread is a thread, and only barriers order what they do: __syncthreads for the
-//   block, __syncwarp for the warp, and a shuffle nothing. Blocks are not ordered either, so that it finds two that
-//   write to the same place although here one runs after the other.
+//   block, __barrier_sync_count for the group, __syncwarp for the warp, and a shuffle nothing. Blocks are not ordered
+//   either, so that it finds two that write to the same place although here one runs after the other.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -64,7 +69,7 @@ const bool address_sanitizer = __asan_poison_memory_region, thread_sanitizer = _
 
 // --- one fiber for each thread of a block ----------------------------------------------------------------------------
 
-constexpr unsigned warp_size = 32, most_threads = 1024;
+constexpr unsigned warp_size = 32, most_threads = 1024, block_barriers = 16;  // the first of these is __syncthreads
 constexpr std::size_t stack_size = 256 << 10;
 
 #if defined(__x86_64__)
@@ -118,9 +123,9 @@ struct Fiber {
     State state = new_born;
     Meeting meeting = block_barrier;
     Place place = {};
+    unsigned id = 0, count = 0;  // of the block's barrier, and of the threads that meet there
     std::uint64_t bits = 0;  // that a shuffle brings, and takes
     unsigned source = 0;
-    unsigned met[2] = {};  // how many barriers of the block and of the warp this thread has passed
     void* asan_stack = nullptr;
     void* tsan_fiber = nullptr;
 };
@@ -138,7 +143,13 @@ std::size_t scheduler_stack_size;
 
 // What ThreadSanitizer knows of barriers: a thread gives what it did to the barrier's mark, and takes what the others
 // gave. Two marks in turn, or a thread that is at the next barrier already would give it to those still at this one.
-char block_marks[2], warp_marks[most_threads / warp_size][2], start_mark, end_mark;
+struct Barrier {
+    char marks[2];
+    bool turn;              // changes when all have come
+    unsigned first, count;  // the threads whose barrier it is until the next __syncthreads; none: anyone's
+};
+Barrier barriers[block_barriers], warp_barriers[most_threads / warp_size];
+char start_mark, end_mark;
 
 void release(char& mark) {
     if (thread_sanitizer) __tsan_release(&mark);
@@ -211,7 +222,9 @@ std::string described(unsigned index) {
     const Fiber& fiber = block_fibers[index];
     std::string text = "thread " + std::to_string(index);
     if (fiber.state == Fiber::left) return text + " has left the kernel";
-    const char* names[] = {"__syncthreads", "__syncwarp", "a shuffle"};
+    const std::string names[] = {
+        "__syncthreads", "barrier " + std::to_string(fiber.id) + " of " + std::to_string(fiber.count) + " threads",
+        "__syncwarp", "a shuffle"};
     const std::string file = fiber.place.file;
     return text + " waits in " + names[fiber.meeting] + " at " + file.substr(file.rfind('/') + 1) + ":" +
            std::to_string(fiber.place.line);
@@ -222,10 +235,32 @@ bool together(unsigned a, unsigned b) {
     const Fiber &x = block_fibers[a], &y = block_fibers[b];
     if (x.state != y.state || x.state == Fiber::left) return x.state == y.state;
     const bool same_file = x.place.file == y.place.file || !std::strcmp(x.place.file, y.place.file);
-    return x.meeting == y.meeting && x.place.line == y.place.line && same_file;
+    return x.meeting == y.meeting && x.id == y.id && x.count == y.count && x.place.line == y.place.line && same_file;
 }
 
-// Runs a warp until its lanes have left or wait for the block.
+// The block's warps, each that has come to something else than the one before
+std::string all_described() {
+    std::string text = described(0);
+    for (unsigned first = warp_size; first < blockDim.x; first += warp_size)
+        if (!together(first - warp_size, first)) text += ", " + described(first);
+    return text;
+}
+
+// A warp has come to a barrier of its group: is there such a barrier, and no other group's?
+bool comes_to_its_own(unsigned first) {
+    const Fiber& leader = block_fibers[first];
+    if (!leader.id || leader.id >= block_barriers || !leader.count || leader.count % warp_size)
+        return fault("no such barrier: " + described(first));
+    Barrier& barrier = barriers[leader.id];
+    const unsigned group = first / leader.count * leader.count;
+    if (!barrier.count) barrier.first = group, barrier.count = leader.count;
+    if (barrier.first == group && barrier.count == leader.count) return true;
+    return fault("another group's barrier: " + described(first) + ", which is for threads " +
+                 std::to_string(barrier.first) + " to " + std::to_string(barrier.first + barrier.count - 1) +
+                 " until the next __syncthreads");
+}
+
+// Runs a warp until its lanes have left or wait for other warps.
 bool run_warp(unsigned first) {
     const unsigned end = std::min(first + warp_size, blockDim.x);
     Fiber& leader = block_fibers[first];
@@ -245,8 +280,27 @@ bool run_warp(unsigned first) {
                 block_fibers[i].bits = sent[source];
             }
         }
-    } while (leader.state == Fiber::waits && leader.meeting != block_barrier);
-    return true;
+        if (leader.meeting == warp_barrier) warp_barriers[first / warp_size].turn ^= 1;
+    } while (leader.state == Fiber::waits && (leader.meeting == warp_barrier || leader.meeting == shuffle));
+    return leader.state == Fiber::left || leader.meeting == block_barrier || comes_to_its_own(first);
+}
+
+// The warps whose barrier all have come to become ready. Are there any?
+bool let_go(bool* ready /*[warps]*/) {
+    bool any = false;
+    for (unsigned first = 0; first < blockDim.x; first += warp_size) {
+        const Fiber& leader = block_fibers[first];
+        if (leader.state == Fiber::left || first % leader.count || first + leader.count > blockDim.x) continue;
+        unsigned next = first;
+        while (next < first + leader.count && together(first, next)) next += warp_size;
+        if (next < first + leader.count) continue;
+        barriers[leader.id].turn ^= 1;
+        if (leader.meeting == block_barrier)
+            for (Barrier& barrier : barriers) barrier.count = 0;
+        std::fill(ready + first / warp_size, ready + next / warp_size, true);
+        any = true;
+    }
+    return any;
 }
 
 bool run_block(std::size_t size) {
@@ -262,17 +316,18 @@ bool run_block(std::size_t size) {
         __asan_poison_memory_region(end, room + sizeof ntm_shared_room - end);
     }
     block_fibers = fibers[blockIdx.x % 2];
-    for (unsigned i = 0; i < blockDim.x; ++i) {
+    for (unsigned i = 0; i < blockDim.x; ++i)
         if (block_fibers[i].state != Fiber::left) create(block_fibers[i], i);
-        block_fibers[i].met[0] = block_fibers[i].met[1] = 0;
-    }
+    for (Barrier& barrier : barriers) barrier.count = 0;
     release(start_mark);
+    bool ready[most_threads / warp_size];
+    std::fill(std::begin(ready), std::end(ready), true);
     do {
         for (unsigned first = 0; first < blockDim.x; first += warp_size)
-            if (!run_warp(first)) return false;
-        for (unsigned first = 0; first < blockDim.x; first += warp_size)
-            if (!together(0, first)) return fault("divergent: " + described(0) + ", " + described(first));
-    } while (block_fibers[0].state != Fiber::left);
+            if (std::exchange(ready[first / warp_size], false) && !run_warp(first)) return false;
+    } while (let_go(ready));
+    const auto waits = [](const Fiber& fiber) { return fiber.state == Fiber::waits; };
+    if (std::any_of(block_fibers, block_fibers + blockDim.x, waits)) return fault("divergent: " + all_described());
     if (address_sanitizer) __asan_unpoison_memory_region(room, sizeof ntm_shared_room);
     for (std::size_t i = 0; i < guard; ++i) {
         if (end[i] != 0xff) return fault("wrote behind its shared memory, at +" + std::to_string(i));
@@ -351,14 +406,16 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared
     return failed(cudaErrorLaunchFailure);
 }
 
-void meet(Meeting meeting, Place place) {
+void meet(Meeting meeting, Place place, unsigned id, unsigned count) {
     Fiber& self = *current;
     self.state = Fiber::waits;
     self.meeting = meeting;
     self.place = place;
+    self.id = id, self.count = count;
     if (meeting == shuffle) return suspend();
-    char* marks = meeting == block_barrier ? block_marks : warp_marks[threadIdx.x / warp_size];
-    char& mark = marks[self.met[meeting]++ % 2];
+    // With an id that there is not, nobody goes on from here.
+    Barrier& barrier = meeting == warp_barrier ? warp_barriers[threadIdx.x / warp_size] : barriers[id % block_barriers];
+    char& mark = barrier.marks[barrier.turn];
     release(mark);
     suspend();
     acquire(mark);
