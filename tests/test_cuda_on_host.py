@@ -44,6 +44,7 @@ SELFTEST = build.HERE / "selftest.cpp"
 TEAM_FAULTS = [
     ("no barrier", "thread", "data race"),
     ("two blocks write", "thread", "data race"),
+    ("one block ahead", "thread", "data race"),  # whose barriers come between
     ("read behind", "address", "use-after-poison"),
     ("read behind", "plain", "nan, expected"),
     ("write behind", "address", "use-after-poison"),

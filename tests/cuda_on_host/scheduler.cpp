@@ -24,6 +24,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "cuda_runtime.h"
 #if !defined(__x86_64__)
@@ -148,7 +149,7 @@ struct Barrier {
     bool turn;              // changes when all have come
     unsigned first, count;  // the threads whose barrier it is until the next __syncthreads; none: anyone's
 };
-Barrier barriers[block_barriers], warp_barriers[most_threads / warp_size];
+std::vector<Barrier> barriers, warp_barriers;  // new for each block: what is freed orders nothing any more
 char start_mark, end_mark;
 
 void release(char& mark) {
@@ -318,7 +319,8 @@ bool run_block(std::size_t size) {
     block_fibers = fibers[blockIdx.x % 2];
     for (unsigned i = 0; i < blockDim.x; ++i)
         if (block_fibers[i].state != Fiber::left) create(block_fibers[i], i);
-    for (Barrier& barrier : barriers) barrier.count = 0;
+    barriers = std::vector<Barrier>(block_barriers);
+    warp_barriers = std::vector<Barrier>(most_threads / warp_size);
     release(start_mark);
     bool ready[most_threads / warp_size];
     std::fill(std::begin(ready), std::end(ready), true);

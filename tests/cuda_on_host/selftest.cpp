@@ -14,7 +14,7 @@ namespace {
 const char* const faults[] = {
     "clean",          "no barrier",       "two blocks write", "read behind",        "write behind",
     "write before",   "unwritten",        "half a warp waits", "half a block waits", "half a warp leaves",
-    "barrier and shuffle", "two places",
+    "barrier and shuffle", "two places",      "one block ahead",
     // of groups
     "groups mix",         "no __syncthreads", "one id for two",   "two counts",        "two ids in a warp",
     "a warp leaves",      "a warp goes on",   "count 0",          "count 48",          "count 512",
@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(1024) kernel(const float* x /*[grid, block]*/,
     const unsigned first = blockIdx.x * blockDim.x;
     const float own = x[first + threadIdx.x];
 
+    if (planted("one block ahead") && blockIdx.x == 0) y[blockDim.x + threadIdx.x] = 0;  // which the next one writes
     room[rank] = own;
     if (lane < 16) {
         if (planted("half a warp leaves")) return;
