@@ -129,14 +129,17 @@ class _Cannot(Exception):
 
 def _make(side: Side, job: Job, batch: Batch, wanted: dict[str, torch.Tensor], clock: Clock) -> tuple[Callable, Any]:
     """The function to time and its peak in bytes. Raises AssertionError where the side's answers are wrong."""
-    if side.engine in ("sequence", "step"):
-        kernel = {"sequence": "ntm_sequence", "step": "memory_step"}[side.engine]
-        reason = ops.why_no_sequence(job.controller) if side.engine == "sequence" else None
-        if reason := reason or ops.why_not_native(torch.device(clock.device), torch.float32, kernel):
-            raise _Cannot(reason)
     if side.graph and not clock.graphs:
         raise _Cannot("there are no graphs here")
     model = job.model(side.engine, clock.device, **({"mode": side.mode} if side.mode else {}))
+    where = torch.device(clock.device), torch.float32
+    reason = None
+    if side.engine == "sequence":
+        reason = model.why_no_sequence(*where)
+    elif side.engine == "step":
+        reason = ops.why_not_native(*where)
+    if reason:
+        raise _Cannot(reason)
     if side.engine not in ("reference", "no memory"):
         for _ in range(graphs.CAPTURED_AT):  # as captured, too
             with side.around():

@@ -71,8 +71,11 @@ struct From {
             return static_cast<T>(PyLong_AsVoidPtr(*values++));
         else if constexpr (std::is_floating_point_v<T>)
             return static_cast<T>(PyFloat_AsDouble(*values++));
-        else
-            return static_cast<T>(PyLong_AsLongLong(*values++));
+        else {
+            const long long value = PyLong_AsLongLong(*values++);
+            if (value != static_cast<T>(value)) PyErr_Format(PyExc_OverflowError, "%lld is too large a size", value);
+            return static_cast<T>(value);
+        }
     }
 };
 template <class Struct, class... Members>
@@ -85,7 +88,7 @@ struct FromMembers {
 template <>
 struct From<Launch> : FromMembers<Launch, int, int, void*, void*, Size*> {};
 template <>
-struct From<StepSizes> : FromMembers<StepSizes, Size, Size, Size, Size, Size, Size> {};
+struct From<StepSizes> : FromMembers<StepSizes, Size, Index, Index, Index, Index, Index> {};
 template <>
 struct From<StepOptions> : FromMembers<StepOptions, int, int, int, double, double> {};
 template <class T>
@@ -95,7 +98,8 @@ struct From<SequenceTrail<T>> : FromMembers<SequenceTrail<T>, T*, T*, T*, T*, T*
 template <class T>
 struct From<SequenceGrads<T>> : FromMembers<SequenceGrads<T>, T*, T*, T*, T*> {};
 template <>
-struct From<SequenceSizes> : FromMembers<SequenceSizes, Size, Size, Size, Size, Size, int, StepSizes, Size> {};
+struct From<SequenceSizes>
+    : FromMembers<SequenceSizes, Index, Size, Index, Index, Index, int, StepSizes, Index> {};
 
 template <class... Parameters>
 PyObject* call(const char* backend, Error (*operation)(Parameters...), PyObject* const* values, Py_ssize_t count) {

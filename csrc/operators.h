@@ -132,9 +132,11 @@ struct Operators {
                                 T* grad_input_gates, T* grad_hidden_gates, T* grad_hidden);
     // The whole sequence; see core/sequence.h. weights, as torch has them: for every layer weight_ih [gates, fed], of
     // the first layer [gates, I + fed], weight_hh [gates, H], bias_ih and bias_hh [gates]; last the heads' weight
-    // [P, H] and bias [P]. keep: leave behind what the backward needs; else the trail is x and features alone.
+    // [P, H] and bias [P]. keep: leave behind what the backward needs; else the trail is features alone. On CUDA x comes
+    // in as the inputs' product, and the inputs are not used.
     Error (*ntm_sequence)(Launch, SequenceSizes, StepOptions, int keep,
                           const T* const* weights,
+                          const T* inputs,  // [T, B, I]
                           SequenceState<const T> initial, SequenceState<T> final,
                           SequenceTrail<T> trail);
     Error (*ntm_sequence_backward)(Launch, SequenceSizes, StepOptions,
@@ -152,15 +154,21 @@ struct Operators {
                                            SequenceGrads<const T>, T* const* grad_weights);
 };
 
+// Indices within one element are 32 bit: what an element touches must be counted with them, and eight of them for a tile.
+constexpr Size most_numbers = std::numeric_limits<Index>::max() / 2;
+constexpr Error too_large = "ntm_fast: one element of the batch is too large for the native kernels";
+constexpr bool is_too_large(const SequenceSizes& s) {
+    return 8 * (s.step.R + s.step.W) * s.memory() > most_numbers ||
+           Size(8) * (s.I + s.gates() + s.widest() + s.step.params()) > most_numbers;
+}
+
 // Has a table's entry done by a body of core/element.h, whose members are the entry's parameters: Run::run(body, launch)
 // is how a backend does it.
 template <class Body, class Run, class... Parameters>
 void serve(Error (*&entry)(Launch, Parameters...)) {
     entry = [](Launch launch, Parameters... parameters) -> Error {
         const Body body{parameters...};
-        constexpr Size most = std::numeric_limits<Index>::max() / 2;
-        if (body.cost() > most || body.scratch(true) > most)
-            return "ntm_fast: one element of the batch is too large for the native kernels";
+        if (body.cost() > most_numbers || body.scratch(true) > most_numbers) return too_large;
         return Run::run(body, launch);
     };
 }

@@ -183,6 +183,7 @@ def _no_device(architectures: str) -> str | None:
 
 _PARTS = {"cpu": _cpu, "cuda": _cuda}
 _reasons: dict[tuple[str, bool, str], str | None] = {}
+_refusals: dict[tuple, str | None] = {}
 _warned: set[str] = set()
 _POOLED = 1 << 15  # numbers from which, about, the C library asks the system
 
@@ -221,6 +222,27 @@ def call(operator: str, like: torch.Tensor, *values: Any) -> None:
             room = like.new_empty(needed.value, dtype=torch.uint8)
             workspace = room.data_ptr()
     function(part.id, is_double, *launch, workspace, 0, *values)
+
+
+def refusal(operator: str, device_type: str, index: int | None, is_double: bool, *values: Any) -> str | None:
+    """Why the CUDA device cannot run a native operator of these sizes, asked without running it; None when it can.
+
+    ``values`` as for :func:`call`, with 0 for the addresses.
+    """
+    key = (operator, device_type, index, is_double, *values)
+    if key not in _refusals:
+        function, needed = getattr(_extension(), operator), ctypes.c_int64()
+        _refusals[key] = None
+        try:
+            function(_PARTS[device_type]().id, is_double, 0, index or 0, 0, 0, ctypes.addressof(needed), *values)
+        except RuntimeError as error:
+            _refusals[key] = str(error)
+    return _refusals[key]
+
+
+def limited(device_type: str) -> bool:
+    """Whether the native part for such devices runs in shared memory, whose limit sizes can meet."""
+    return device_type in _PARTS and _PARTS[device_type]().cuda
 
 
 def step_sizes(
@@ -288,5 +310,5 @@ def warn_once(device_type: str) -> None:
 
 
 # torch.compile asks these while it traces, and takes the answers as they are.
-for _function in (why_not, available, warn_once):
+for _function in (why_not, available, warn_once, refusal, limited):
     _function._dynamo_marked_constant = True

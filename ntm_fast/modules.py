@@ -141,6 +141,12 @@ class _NTM(nn.Module):
             controller=self.controller.initial_state(batch_size),
         )
 
+    def why_no_sequence(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why the sequence engine cannot serve this machine there; None when it can."""
+        memory, heads = (self.memory_locations, self.memory_width), (self.read_heads, self.write_heads)
+        sizes = self.num_layers, self.hidden_size, memory, heads, self.shift_range
+        return ops.why_no_sequence(device, dtype, self.controller_type, *sizes)
+
     def _choose_engine(self, weight: Tensor) -> str:
         """The engine that serves where ``weight`` is. Raises RuntimeError where a forced one cannot."""
         if self.engine == "reference":
@@ -148,7 +154,7 @@ class _NTM(nn.Module):
         device, dtype = weight.device, weight.dtype
         in_steps = self.engine == "auto" and ops.faster_in_steps(device.type, self.hidden_size)
         if self.engine != "step" and not (in_steps and recurrence.can_serve(device.type)):
-            reason = ops.why_no_sequence(self.controller_type) or ops.why_not_native(device, dtype, "ntm_sequence")
+            reason = self.why_no_sequence(device, dtype)
             if reason is None:
                 return "sequence"
             if self.engine == "sequence":

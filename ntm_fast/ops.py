@@ -397,9 +397,25 @@ def why_not_native(device: torch.device, dtype: torch.dtype, name: str = "memory
     return _native.why_not(device.type, dtype is torch.float64, name)
 
 
-def why_no_sequence(controller: str) -> str | None:
-    """Why no native :func:`ntm_sequence` takes such a controller; None when one does."""
-    return "its controllers are LSTM and GRU, not feedforward" if controller == "feedforward" else None
+def why_no_sequence(
+    device: torch.device,
+    dtype: torch.dtype,
+    controller: str,
+    num_layers: int,
+    hidden_size: int,
+    memory: tuple[int, int],
+    heads: tuple[int, int],
+    shift_range: int,
+) -> str | None:
+    """Why no native :func:`ntm_sequence` takes such a machine, ``memory`` (N, M) and ``heads`` (R, W); None when one
+    does.
+    """
+    if controller == "feedforward":
+        return "its controllers are LSTM and GRU, not feedforward"
+    sizes = num_layers, hidden_size, memory, heads, shift_range
+    return why_not_native(device, dtype, "ntm_sequence") or sequence.why_no_room(
+        device, dtype, controller, *sizes, torch.is_grad_enabled()
+    )
 
 
 def faster_in_steps(device_type: str, hidden_size: int) -> bool:
@@ -411,10 +427,17 @@ def faster_in_steps(device_type: str, hidden_size: int) -> bool:
     return device_type == "cuda" and hidden_size > LARGEST_HIDDEN
 
 
-def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
-    """For every operator, what would serve tensors of that device and dtype: ``"native"``, or ``"reference: why"``."""
+def explain(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, module: Any = None
+) -> dict[str, str]:
+    """For every operator, what would serve tensors of that device and dtype: ``"native"``, or ``"reference: why"``.
+
+    With ``module``, an NTMCell or FastNTM, what is said of ``ntm_sequence`` takes its sizes into account.
+    """
     device = torch.device(device)
     reasons = {name: why_not_native(device, dtype, name) for name in (*_BY_NAME, "ntm_sequence")}
+    if module is not None:
+        reasons["ntm_sequence"] = module.why_no_sequence(device, dtype)
     return {name: "native" if reason is None else f"reference: {reason}" for name, reason in reasons.items()}
 
 
@@ -474,17 +497,22 @@ def _check(op: _Operator, tensors: tuple[Tensor, ...], options: dict[str, Any]) 
         )
 
 
-def _call(op: _Operator, tensors: tuple[Tensor, ...], options: dict[str, Any], reason: str | None = None) -> Any:
-    """Check, then let serve what can; ``reason``, if there is one, speaks against the native kernels."""
+def _call(
+    op: _Operator,
+    tensors: tuple[Tensor, ...],
+    options: dict[str, Any],
+    why_not: Callable[[], str | None] = lambda: None,
+) -> Any:
+    """Check, then let serve what can; ``why_not`` says what, beside device and dtype, speaks against native kernels."""
     first = tensors[0]
     if isinstance(first, Tensor) and not first.is_meta and torch.is_autocast_enabled(first.device.type):
         low = (torch.float16, torch.bfloat16)
         tensors = tuple(t.float() if isinstance(t, Tensor) and t.dtype in low else t for t in tensors)
         with torch.autocast(first.device.type, enabled=False):
-            return _call(op, tensors, options, reason)
+            return _call(op, tensors, options, why_not)
     _check(op, tensors, options)
     function = _FUNCTIONS[op.name]
-    if reason or why_not_native(first.device, first.dtype, op.name) is not None:
+    if why_not_native(first.device, first.dtype, op.name) is not None or why_not() is not None:
         _native.warn_once(first.device.type)
         return function.twin(*tensors, **options)
     return _serve(function, tensors, options)
@@ -632,13 +660,23 @@ def ntm_sequence(
         "memory_checkpoint": _CHECKPOINTS.get(memory_checkpoint, memory_checkpoint),
     }
     state, weights = tuple(state), tuple(weights)
+
+    def why_not() -> str | None:
+        if torch.compiler.is_compiling() and controller != "feedforward":
+            return None  # sizes may be symbols
+        layers, _, hidden_size = state[0].shape if state else (1, 0, heads_weight.shape[1])
+        heads = read_weights.shape[1], write_weights.shape[1]
+        machine = controller, layers, hidden_size, tuple(memory.shape[1:]), heads, shift_range
+        dtype = torch.float64 if heads_weight.dtype is torch.float64 else torch.float32  # autocast takes the rest to it
+        return why_no_sequence(inputs.device, dtype, *machine)
+
     describe = _sequence_operator if torch.compiler.is_compiling() else _cached_sequence_operator
     return grouped(
         _call(
             describe(controller, len(state), len(weights)),
             in_a_row((inputs, memory, read_weights, write_weights, reads, state, weights, heads_weight, heads_bias)),
             options,
-            why_no_sequence(controller),
+            why_not,
         )
     )
 

@@ -1,7 +1,8 @@
 """The kernels of ``ntm_sequence``: all T steps in one native call forward and one backward.
 
-The native loop does what is recurrent. The inputs' share of the first layer's gates is one large product before it, and
-every weight gradient one after it, from the gradients of the gates and of the raw head parameters that it leaves.
+The native loop does what is recurrent. Every weight gradient is one large product after it, from the gradients of the
+gates and of the raw head parameters that it leaves, and on CUDA the inputs' share of the first layer's gates is one
+before it.
 
 Arguments are named and shaped as those of :func:`reference.ntm_sequence`.
 """
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from . import _native
 
-ALL_MEMORIES = 1 << 21  # bytes of memories up to which every step's is kept: beyond, writing them again is faster
+# Bytes of memories up to which every step's is kept. Beyond, writing them again is faster on a CPU, whose cache they
+# leave; a GPU's memory need not be full of them.
+ALL_MEMORIES = {"cpu": 1 << 21, "cuda": 1 << 32}
 
 
-def kept_every(checkpoint: str | int, steps: int, memory_bytes: int) -> int:
+def kept_every(checkpoint: str | int, steps: int, memory_bytes: int, device_type: str = "cpu") -> int:
     """Every how many steps a memory is kept: 1 keeps all, else about sqrt(T) keeps the least.
 
     ``memory_bytes`` are those of the whole batch's memory, B N M numbers.
@@ -30,7 +33,36 @@ def kept_every(checkpoint: str | int, steps: int, memory_bytes: int) -> int:
         return 1
     if checkpoint != "auto":
         return min(checkpoint, steps)
-    return 1 if steps * memory_bytes <= ALL_MEMORIES else math.isqrt(steps)
+    most = ALL_MEMORIES["cuda" if device_type == "cuda" else "cpu"]
+    return 1 if steps * memory_bytes <= most else math.isqrt(steps)
+
+
+def why_no_room(
+    device: torch.device,
+    dtype: torch.dtype,
+    controller: str,
+    num_layers: int,
+    hidden_size: int,
+    memory: tuple[int, int],
+    heads: tuple[int, int],
+    shift_range: int,
+    backward: bool,
+) -> str | None:
+    """Why the device cannot hold a sequence's state where it runs; None when it can, at every length and batch size.
+
+    On CUDA that is the shared memory of a block, of which backward needs more than forward. ``memory`` is (N, M),
+    ``heads`` (R, W).
+    """
+    if not _native.limited(device.type):
+        return None
+    (N, M), (R, W) = memory, heads
+    sizes = 1, 1, 1, num_layers, hidden_size, controller == "gru", 1, R, W, N, M, 2 * shift_range + 1, 1
+    options = _native.step_scalars(False, "tanh", "tanh", None, 1.0)
+    if backward:
+        name, values = "ntm_sequence_backward", [0] * (1 + 6 + 1 + 10 + 1 + 6 + 6 + 4)
+    else:
+        name, values = "ntm_sequence", [0] * (1 + 1 + 1 + 6 + 6 + 10)
+    return _native.refusal(name, device.type, device.index, dtype is torch.float64, *sizes, *options, *values)
 
 
 class Options(NamedTuple):
@@ -77,14 +109,16 @@ class _Plan(NamedTuple):
     trail: list[tuple[int, ...]]  # those of the trail besides x
 
 
-def _make_plan(options: tuple, keep: bool, inputs, memory, read_weights, write_weights, state, heads, item) -> _Plan:
-    """Of the options, the tensors' shapes and the bytes of a number."""
+def _make_plan(
+    options: tuple, keep: bool, inputs, memory, read_weights, write_weights, state, heads, item, device_type
+) -> _Plan:
+    """Of the options, the tensors' shapes, the bytes of a number and the device's type."""
     options = Options(*options)
     (T, B, I), (_, N, M), (_, R, _), (_, W, _) = inputs, memory, read_weights, write_weights
     (L, _, H), (P, _) = state, heads
     gru = options.controller == "gru"
     G = (3 if gru else 4) * H
-    every = kept_every(options.memory_checkpoint or "auto", T, B * N * M * item) if keep else T
+    every = kept_every(options.memory_checkpoint or "auto", T, B * N * M * item, device_type) if keep else T
     step = B, R, W, N, M, 2 * options.shift_range + 1
     states = [(L, B, H)] * (1 if gru else 2)
     trail = [
@@ -112,7 +146,7 @@ _remembered_plan = functools.lru_cache(maxsize=1024)(_make_plan)
 
 def _plan(options, keep, inputs, memory, read_weights, write_weights, state, heads, make=_remembered_plan) -> _Plan:
     shapes = inputs.shape, memory.shape, read_weights.shape, write_weights.shape, state[0].shape, heads.shape
-    return make(options, keep, *shapes, inputs.element_size())
+    return make(options, keep, *shapes, inputs.element_size(), inputs.device.type)
 
 
 _empty = _native.empty
@@ -176,10 +210,12 @@ def forward(
     weights = _contiguous((*weights, heads_weight, heads_bias))
     table = _table(weights)
     features, final, trail = allocate(plan, inputs)
-    rows = plan.T * plan.B
-    flat, weight = inputs.reshape(rows, plan.I), weights[0][:, : plan.I].t()
-    # A streamed step would notice the longer way.
-    x = flat.mm(weight) if rows == 1 else torch.mm(flat, weight, out=_empty(inputs, (rows, plan.G)))
+    (inputs,) = _contiguous([inputs])
+    gates, x = (plan.T, plan.B, plan.G), None
+    if _native.limited(inputs.device.type):
+        x = (inputs.view(-1, plan.I) @ weights[0][:, : plan.I].t()).view(gates)
+    elif keep:
+        x = _empty(inputs, gates)
     kept = [tensor.data_ptr() for tensor in trail] if keep else [0] * (len(Trail._fields) - 1)
     _native.call(
         "ntm_sequence",
@@ -187,14 +223,15 @@ def forward(
         *plan.scalars,
         keep,
         table.buffer_info()[0],
+        inputs.data_ptr(),
         *_addresses(plan, initial),
         *_addresses(plan, final),
-        x.data_ptr(),
+        0 if x is None else x.data_ptr(),
         *kept[:5],  # to params
         features.data_ptr(),
         *kept[5:],
     )
-    return _results(features, final, [x.view(plan.T, plan.B, plan.G), *trail] if keep else [])
+    return _results(features, final, [x, *trail] if keep else [])
 
 
 def fake(inputs, memory, read_weights, write_weights, reads, state, weights, heads_weight, heads_bias, *rest) -> tuple:

@@ -123,6 +123,7 @@ class CUDAOnHost(Backend):
         monkeypatch.setattr(_native, "_cpu", lambda: self.part)
         monkeypatch.setitem(_native._PARTS, "cpu", lambda: self.part)
         monkeypatch.setattr(_native, "_reasons", {})  # what the CPU's part serves, this one may not
+        monkeypatch.setattr(_native, "_refusals", {})
 
     def kernels(self) -> str:
         return self.name

@@ -22,7 +22,7 @@ from test_modules import CLOSE, CONTROLLERS, flat, make, some
 from torch import Tensor
 
 import ntm_fast
-from ntm_fast import FastNTM, NTMCell, NTMState, graphs, ops, recurrence
+from ntm_fast import FastNTM, NTMCell, NTMState, graphs, ops, recurrence, sequence
 from ntm_fast.modules import MEMORY_INITS
 
 FIRST = graphs.CAPTURED_AT  # the call that is captured
@@ -502,6 +502,7 @@ def test_auto_takes_large_controllers_in_steps_on_cuda(monkeypatch) -> None:
         return ntm._choose_engine(weight)
 
     monkeypatch.setattr(ops, "why_not_native", lambda *_: None)
+    monkeypatch.setattr(sequence, "why_no_room", lambda *_: None)
     limit = ops.LARGEST_HIDDEN
     assert chosen(hidden_size=limit) == "sequence" and chosen(hidden_size=limit + 1) == "step"
     assert chosen(hidden_size=limit, controller="feedforward") == "step"

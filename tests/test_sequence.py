@@ -17,11 +17,14 @@ import pytest
 import torch
 import torch.utils.checkpoint
 import torch.utils.deterministic
-from comparison import CUDA_ON_HOST, Backend, sweep
+from comparison import BACKENDS, CUDA_ON_HOST, Backend, sweep, usable
 from torch import Tensor
 
+import ntm_fast
 from ntm_fast import FastNTM, NTMState, _native, ops, reference, sequence
 from ntm_fast.modules import MEMORY_INITS
+
+DEVICE = "cpu"  # of all tensors: the backend's
 
 
 class Case(NamedTuple):
@@ -64,11 +67,11 @@ class Case(NamedTuple):
                     continue
                 scale = 1.0 if tensor.dim() < 2 or "initial" in name else min(0.7, 2 / tensor.shape[1] ** 0.5)
                 tensor.copy_(scale * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
-        return ntm.to(dtype or self.dtype)
+        return ntm.to(DEVICE, dtype or self.dtype)
 
     def normal(self, *shape: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * self.seed + seed)
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, self.dtype)
 
     def inputs(self) -> Tensor:
         return self.normal(self.T, self.B, self.I, seed=1)
@@ -149,7 +152,7 @@ def nudged(case: Case, seed: int) -> FastNTM:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in ntm.parameters():
-            p.mul_(1 + torch.finfo(torch.float32).eps * (torch.randint(0, 3, p.shape, generator=generator) - 1))
+            p.mul_(1 + torch.finfo(torch.float32).eps * (torch.randint(0, 3, p.shape, generator=generator).to(p) - 1))
     return ntm
 
 
@@ -180,11 +183,21 @@ class Poison:
         self.results.clear()
 
 
-@pytest.fixture
-def kernels(kernels: Backend) -> Backend:
-    if kernels is CUDA_ON_HOST:
-        pytest.skip("CUDA has no kernel for whole sequences yet")
-    return kernels
+@pytest.fixture(params=[*BACKENDS, CUDA_ON_HOST], ids=lambda backend: backend.name)
+def backend(request, monkeypatch) -> Backend:
+    """The torch side too, for it tells kernels of both kinds apart: those of CUDA may ask for a workspace."""
+    return usable(request.param, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _on_its_device(request, monkeypatch) -> None:
+    for name in {"kernels", "backend"} & set(request.fixturenames):
+        monkeypatch.setattr(sys.modules[__name__], "DEVICE", request.getfixturevalue(name).device)
+
+
+def about_main_memory(backend: Backend) -> None:
+    if backend.name != "native_cpu":
+        pytest.skip("it is about the main memory that the CPU's kernels take")
 
 
 @pytest.fixture
@@ -192,7 +205,7 @@ def poison(monkeypatch):
     """Fresh memory is full of NaN, of the sequence's kernels between guards besides."""
     poison = Poison()
     monkeypatch.setattr(sequence, "_empty", poison.empty)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would refuse
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield poison
     torch.use_deterministic_algorithms(False)
@@ -215,14 +228,6 @@ def check(case: Case, kernels: Backend, poison: Poison) -> None:
             assert_agrees(actual, truth, singles)
     except AssertionError as error:
         raise AssertionError(f"{case}\n{error}") from None
-
-
-@pytest.fixture(autouse=True)
-def _served(request) -> None:
-    """Only backends that have the operator."""
-    for name in {"kernels", "backend"} & set(request.fixturenames):
-        if request.getfixturevalue(name).device != "cpu":
-            pytest.skip("there is no CUDA kernel for sequence yet")
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -318,7 +323,7 @@ def test_float32_over_a_copy_of_twenty(backend: Backend, controller: str) -> Non
     found = {}
     for engine, dtype in (("sequence", torch.float32), ("reference", torch.float64)):
         torch.manual_seed(0)
-        ntm = FastNTM(9, 8, 100, controller=controller, engine=engine).to(dtype)
+        ntm = FastNTM(9, 8, 100, controller=controller, engine=engine).to(DEVICE, dtype)
         found[engine] = train(case, engine, dtype, ntm)
     for name, want in found["reference"].items():
         assert (found["sequence"][name].double() - want).norm() <= 1e-4 * want.norm(), name
@@ -375,7 +380,7 @@ def native_alone(case: Case) -> FastNTM:
     return ntm
 
 
-def of_sequences(found: dict[str, Tensor], which: slice) -> dict[str, Tensor]:
+def of_sequences(found: dict[str, Tensor], which: slice | list[int]) -> dict[str, Tensor]:
     """The part of what train returns that belongs to these elements of the batch."""
     own = {n: x for n, x in found.items() if n.split()[-1].split(".")[0] in ("outputs", "final", "inputs", "state")}
     second = lambda name: name.endswith(("outputs", "inputs", "]"))  # noqa: E731  the batch is the second dimension
@@ -386,7 +391,7 @@ class _Part(NamedTuple):
     """Elements of a case's batch as a case of its own."""
 
     case: Case
-    which: slice
+    which: slice | list[int]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.case, name)
@@ -414,6 +419,12 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor], where: Any) -> 
 BITS = [{}, {"layers": 2, "checkpoint": 2}, {"controller": "gru", "R": 2, "W": 2}, {"controller": "gru", "hidden": 33}]
 
 
+# How many of a CUDA block's warps share an element depends on the size of the batch, which may change bits there. Who
+# else is in it may not.
+PARTS = [slice(0, 1), slice(7, 8), slice(12, 13), slice(3, 5), slice(2, 13)]
+SHUFFLED = [[(5 * i + 3) % 13 for i in range(13)]]
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("change", BITS, ids=str)
 def test_neither_batch_mates_nor_threads_change_a_bit(kernels: Backend, change: dict, dtype: torch.dtype) -> None:
@@ -421,18 +432,21 @@ def test_neither_batch_mates_nor_threads_change_a_bit(kernels: Backend, change: 
     ntm = native_alone(case)
     whole = train(case, "sequence", ntm=ntm)
     assert not torch.equal(whole["outputs"][:, 0], whole["outputs"][:, 1])
+    on_cpu = kernels is not CUDA_ON_HOST and kernels.device == "cpu"
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         assert_same_bits(
             of_sequences(train(case, "sequence", ntm=ntm), slice(None)), of_sequences(whole, slice(None)), threads
         )
-        for which in (slice(0, 1), slice(7, 8), slice(12, 13), slice(3, 5), slice(2, 13)):
+        for which in PARTS if on_cpu else SHUFFLED:
             part = train(_Part(case, which), "sequence", ntm=ntm)
             assert_same_bits(of_sequences(part, slice(None)), of_sequences(whole, which), (which, threads))
 
 
 @pytest.mark.parametrize("change", BITS, ids=str)
 def test_weight_gradients_are_pytorchs_on_any_number_of_threads(backend: Backend, change: dict, monkeypatch) -> None:
+    if _native.why_not("cpu", True, "ntm_sequence_weight_gradients"):
+        pytest.skip("these are PyTorch's")
     case = Case(**{**dict(B=13, T=25), **change})  # more rows than are taken at a time
     names = [name for name, _ in case.module("sequence").named_parameters()]
     own = [f"grad {name}" for name in names if name.startswith(("controller.weight", "controller.bias", "heads"))]
@@ -681,7 +695,7 @@ def compiled_agrees(backend: Backend, controller: str, compiler: str) -> None:
     ntm = Case(controller, dtype=torch.float32, memory_init="learned").module("auto")
     compiled = torch.compile(ntm, backend=compiler, fullgraph=True)
     for T, B in ((4, 2), (4, 2), (6, 3)):  # the last one compiles again, for sizes that may change
-        inputs = torch.randn(T, B, 3)
+        inputs = torch.randn(T, B, 3, device=DEVICE)
         results = []
         for module in (ntm, compiled):
             ntm.zero_grad()
@@ -738,6 +752,29 @@ def test_autocast_takes_all_to_float32(backend: Backend, low: torch.dtype) -> No
     torch.testing.assert_close(outputs.float(), expected, rtol=0.05, atol=0.05)
     outputs.float().square().sum().backward()
     assert inputs.grad.dtype is low and all(p.grad.isfinite().all() for p in ntm.parameters() if p.grad is not None)
+
+
+def test_what_a_block_cannot_hold(monkeypatch) -> None:
+    """Where one element's state does not fit in a CUDA block, the step engine serves, and it is told why."""
+    backend = usable(CUDA_ON_HOST, monkeypatch)
+    case = Case(N=64, hidden=100, dtype=torch.float32)
+    ntm, forced = case.module("auto"), case.module("sequence")
+    assert ntm_fast.explain("cpu", module=ntm)["ntm_sequence"] == "native"
+    monkeypatch.setattr(_native, "_refusals", {})
+    monkeypatch.setenv("NTM_HOST_SHARED", "6000")
+    words = "one element's state takes .* bytes of a block's shared memory, which the device limits to 6000"
+    assert re.search(words, ntm_fast.explain("cpu", module=ntm)["ntm_sequence"])
+    with pytest.raises(RuntimeError, match=f"engine='sequence' cannot serve: .*{words}"):
+        forced(case.inputs())
+    found = train(case, "auto", ntm=ntm)
+    assert_agrees(found, train(case, "reference", torch.float64), [train(case, "reference")])
+    with backend.serves(*["lstm_gates", "memory_step"] * case.T):
+        with torch.no_grad():
+            ntm(case.inputs())
+    values, options = arguments(case)
+    with backend.serves(), torch.no_grad():  # the operator has no other engine: its twin in plain PyTorch
+        features, *_ = ops.ntm_sequence(*values, **options)
+    assert features.isfinite().all()
 
 
 def test_bad_arguments_are_named() -> None:
@@ -852,6 +889,7 @@ def predicted(T: int, B: int, controller: str = "lstm", checkpoint: str | int = 
 @pytest.mark.parametrize("controller", ("lstm", "gru"))
 def test_peak_memory_is_as_predicted(backend: Backend, controller: str) -> None:
     """Of T = 2000, B = 4: every memory kept would take 82 MB."""
+    about_main_memory(backend)
     T, B = 2000, 4
     found = {k: measured(T, B, controller, k)[1] for k in ("auto", "all")}
     for k, peak in found.items():
@@ -864,14 +902,14 @@ def test_peak_memory_is_as_predicted(backend: Backend, controller: str) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_steps_within_a_gibibyte(backend: Backend) -> None:
+    about_main_memory(backend)
     first, peak = measured(10_000, 16)
     assert first + peak < 1 << 30, f"{(first + peak) / 2**20:.0f} MiB, predicted {predicted(10_000, 16) / 2**20:.0f}"
 
 
 def test_a_training_step_meets_no_page_faults(backend: Backend) -> None:
     """Its memory is that of the step before: 10 MB here, which were 2,600 faults a step."""
-    if backend.device != "cpu":
-        pytest.skip("it is about main memory")
+    about_main_memory(backend)
     model = FastNTM(9, 8, 100, engine="sequence")
     inputs = torch.randn(41, 48, 9)
 
@@ -939,6 +977,8 @@ AFTER_CALL = {  # one number, by a thousandth
 
 @pytest.mark.parametrize("fault", (None, *BEFORE_CALL, *AFTER_CALL))
 def test_planted_faults_are_found(backend: Backend, poison: Poison, monkeypatch, fault: str | None) -> None:
+    if backend.device != "cpu":
+        pytest.skip("faults are planted at addresses that this process can reach")
     right = _native.call
 
     def wrong(called: str, like: Tensor, *values) -> None:

@@ -386,14 +386,14 @@ struct MemoryStep {
 
     constexpr Size items() const { return s.B; }
     constexpr Size width() const { return s.N; }
-    constexpr Size cost() const { return 3 * (s.R + s.W) * s.M * s.N; }
+    constexpr Size cost() const { return 3 * (s.R + s.W) * s.memory(); }
     constexpr Size scratch(bool staged) const {
-        return room(s.forward_scratch()) + staged * room(s.M * s.N, s.params(), s.R * s.N, s.W * s.N);
+        return room(s.forward_scratch()) + staged * room(s.memory(), s.params(), s.R * s.N, s.W * s.N);
     }
 
     template <class Team>
     NTM_FN void operator()(const Team& team, Size b, Arena<T> arena) const {
-        const Size MN = s.M * s.N, RN = s.R * s.N, WN = s.W * s.N, RM = s.R * s.M, P = s.params();
+        const Size MN = s.memory(), RN = s.R * s.N, WN = s.W * s.N, RM = s.R * s.M, P = s.params();
         T* own = arena.take(s.forward_scratch());
         const T *before = team.in(arena, memory + b * MN, MN), *raw = team.in(arena, params + b * P, P);
         // A staged memory is rewritten where it is.
@@ -422,15 +422,15 @@ struct MemoryStepBackward {
 
     constexpr Size items() const { return s.B; }
     constexpr Size width() const { return s.N; }
-    constexpr Size cost() const { return 8 * (s.R + s.W) * s.M * s.N; }
+    constexpr Size cost() const { return 8 * (s.R + s.W) * s.memory(); }
     constexpr Size scratch(bool staged) const {
-        const Size MN = s.M * s.N, P = s.params();
+        const Size MN = s.memory(), P = s.params();
         return room(s.backward_scratch()) + staged * room(MN, MN, MN, P, P, s.R * s.N, s.W * s.N, s.R * s.M);
     }
 
     template <class Team>
     NTM_FN void operator()(const Team& team, Size b, Arena<T> arena) const {
-        const Size MN = s.M * s.N, RN = s.R * s.N, WN = s.W * s.N, RM = s.R * s.M, P = s.params();
+        const Size MN = s.memory(), RN = s.R * s.N, WN = s.W * s.N, RM = s.R * s.M, P = s.params();
         T* own = arena.take(s.backward_scratch());
         const T *before = team.in(arena, memory + b * MN, MN), *after = team.in(arena, new_memory + b * MN, MN);
         // The gradient of a staged memory changes where it is.

@@ -1,7 +1,7 @@
 // A whole sequence: the controller, the heads and the memory through all T steps, for a tile of batch elements that
-// stays in cache or in shared memory. What is not recurrent is left outside: the inputs' share of the first layer's
-// gates comes in, and the gradients of the gates and of the raw head parameters go out, to become weight gradients in
-// one product.
+// stays in cache or in shared memory. What is not recurrent is left outside: the gradients of the gates and of the raw
+// head parameters go out, to become weight gradients in one product, and the inputs' share of the first layer's gates
+// may come in from one.
 //
 // The Team here is one of several: it works together on the controller's products, and each of its teams on elements of
 // its own. It provides
@@ -11,7 +11,11 @@
 //                        out[e, c] += sum_k in[e, k] weight[k, c], rows contiguous, weight packed
 //   elements(E, f)       calls f(own, e, room) for every element, shared out over teams, own, that team.h describes;
 //                        room is a number less than rooms(E) that no two of them have at once
+//   takes_inputs         whether it multiplies the inputs too, beside what else feeds the first layer
 //   holds_memory         whether memories, too, are copied to scratch where it is staged
+//   scratch()            where the tile's scratch begins
+//   again(n)             n, from which is computed anew what follows: else a GPU would keep it in registers from phase
+//                        to phase
 #pragma once
 
 #include "core/controller.h"
@@ -21,23 +25,25 @@ namespace ntm {
 
 // T steps, B elements, I inputs, L layers of H units. The step's sizes are those of one memory.
 struct SequenceSizes {
-    Size T, B, I, L, H;
+    Index T;
+    Size B;
+    Index I, L, H;
     int gru;  // else LSTM
     StepSizes step;
-    Size every;  // a memory is kept before every such step, counted from 0; step 0 has its own
+    Index every;  // a memory is kept before every such step, counted from 0; step 0 has its own
 
-    constexpr Size gates() const { return (gru ? 3 : 4) * H; }
-    constexpr Size read_size() const { return step.R * step.M; }
-    constexpr Size fed(Size layer) const { return layer ? H : read_size(); }
-    constexpr Size joined(Size layer) const { return fed(layer) + H; }
-    constexpr Size widest() const { return (L > 1 && H > read_size() ? H : read_size()) + H; }  // of what is joined
-    constexpr Size memory() const { return step.M * step.N; }
+    constexpr Index gates() const { return (gru ? 3 : 4) * H; }
+    constexpr Index read_size() const { return step.R * step.M; }
+    constexpr Index fed(Index layer) const { return layer ? H : read_size(); }
+    constexpr Index widest() const { return (L > 1 && H > read_size() ? H : read_size()) + H; }  // of what is joined
+    constexpr Size memory() const { return step.memory(); }
 };
 
 // Weights of a layer: packed for the direction in which they are used, and the biases.
 template <class T>
 struct LayerWeights {
-    const T* fed;     // forward: fed -> gates, backward: gates -> fed; for an LSTM [fed, hidden] in place of fed
+    const T* fed;     // forward: fed -> gates, backward: gates -> fed; for an LSTM [fed, hidden] in place of fed. In
+                      // front of what else feeds the first layer forward, the inputs, where the team takes them.
     const T* hidden;  // GRU: hidden -> gates, gates -> hidden
     const T* bias_x;  // [gates]
     const T* bias_y;  // [gates]; GRU
@@ -62,7 +68,7 @@ struct SequenceState {
 
 // Of the Team, what its scratch depends on.
 struct SequenceStaging {
-    bool staged, holds_memory;
+    bool staged, takes_inputs, holds_memory;
     Size rooms;
 };
 
@@ -126,7 +132,8 @@ NTM_FN T* at(const SequenceSizes& s, T* array, Size size, Size layer, Size t, Si
 // What comes in as x, and what every step leaves behind.
 template <class T>
 struct SequenceTrail {
-    T* x;              // [T, B, gates]    comes in as the inputs' product, goes out as the first layer's gates, active
+    T* x;              // [T, B, gates]    the first layer's gates, active; comes in as the inputs' product where the
+                       //                  team does not take them
     T* upper_x;        // [L-1, T, B, gates]  the other layers'
     T* y;              // [L, T, B, gates]  GRU: the hidden states' products; an LSTM's are in x
     T* hidden;         // [L-1, T, B, H]    of the layers below the last
@@ -138,105 +145,156 @@ struct SequenceTrail {
     T* memory;         // [(T-1) / every, B, M, N]
 };
 
-constexpr Size sequence_scratch(const SequenceSizes& s, Size E, bool keep, const SequenceStaging& g) {
-    const Size G = s.gates(), inner = g.rooms * room(s.step.forward_scratch());
-    return inner + room(s.gru ? 0 : E * s.widest()) +
-           (g.staged || !keep) * room(E * G, s.gru ? E * G : 0, E * s.step.params()) +
-           g.staged * TileState<char>::scratch(s, E, g.holds_memory);
+// The products of a layer: an LSTM's one, of what it is fed and its hidden state together, or a GRU's two, second: of the
+// hidden state. In a loop, so that they are compiled once.
+template <class F>
+NTM_FN void for_gates(bool gru, F&& product) {
+    NTM_ROLLED
+    for (int part = 0; part < 1 + gru; ++part) product(part == 1);
 }
+
+// Where a tile's scratch is what on the way forward. What a layer works on lies in the trail, or aside, in scratch, where
+// that is too far off or nobody wants it after.
+template <class T>
+struct SequenceFrame {
+    T *inner, *joined, *x, *y, *params;
+    TileState<T> state;
+
+    static constexpr Size scratch(const SequenceSizes& s, Size E, bool keep, const SequenceStaging& g) {
+        const Size G = s.gates();
+        return g.rooms * room(s.step.forward_scratch()) + room(E * row(s, g.takes_inputs)) +
+               (g.staged || !keep) * room(E * G, s.gru ? E * G : 0, E * s.step.params()) +
+               g.staged * TileState<T>::scratch(s, E, g.holds_memory);
+    }
+
+    // The most that is joined for a layer's product
+    static constexpr Size row(const SequenceSizes& s, bool takes_inputs) {
+        if (s.gru) return takes_inputs ? s.I + s.read_size() : 0;
+        return takes_inputs * s.I + s.widest();
+    }
+
+    template <class Team>
+    NTM_FN SequenceFrame(const Team& team, const SequenceSizes& s, Size E, bool aside, const TileState<T>& place) {
+        Arena<T> arena{team.scratch()};
+        inner = arena.take(Team::rooms(E) * room(s.step.forward_scratch()));
+        joined = arena.take(E * row(s, Team::takes_inputs));
+        x = arena.take(aside * E * s.gates());
+        y = arena.take(aside * s.gru * E * s.gates());
+        params = arena.take(aside * E * s.step.params());
+        state = hold(team, arena, s, E, place);
+    }
+};
 
 // Elements first .. first + E - 1 through all steps, from the initial state to the final one.
 template <class Team, class T = typename Team::Real>
-NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Size E, bool keep,
-                     const SequenceWeights<T>& w, const SequenceState<const T>& initial, const SequenceState<T>& final,
-                     const SequenceTrail<T>& trail, T* scratch /*of sequence_scratch*/) {
-    Arena<T> arena{scratch};
-    const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
-    const Size RN = s.step.R * s.step.N, WN = s.step.W * s.step.N, inner_size = room(s.step.forward_scratch());
-    T *inner = arena.take(Team::rooms(E) * inner_size), *joined = arena.take(s.gru ? 0 : E * s.widest());
-    // What a layer works on lies in the trail, or where that is too far off or nobody wants it, in scratch.
+NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Index E, bool keep,
+                     const SequenceWeights<T>& w, const T* inputs /*[T, B, I]*/, const SequenceState<const T>& initial,
+                     const SequenceState<T>& final, const SequenceTrail<T>& trail) {
+    const Size B = s.B;
+    const Index H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
+    const Index RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
     const bool aside = Team::staged || !keep;
-    T *x_aside = arena.take(aside * E * G), *y_aside = arena.take(aside * s.gru * E * G);
-    T* params_aside = arena.take(aside * E * P);
-    const TileState<T> place = tile_of(s, final, first), state = hold(team, arena, s, E, place);
+    auto frame = [&]() NTM_INLINE { return SequenceFrame<T>(team, s, team.again(E), aside, tile_of(s, final, first)); };
     auto leave = [&](const auto& own, Size n, const T* from, T* to) NTM_INLINE {
         if (keep && from != to) copy(own, n, from, to);
     };
-    team.elements(E, [&](const auto& own, Size e, Size) NTM_INLINE {
-        copy_state(own, s, e, tile_of(s, initial, first), state);
+    team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
+        copy_state(own, s, e, tile_of(s, initial, first), frame().state);
     });
-    for (Size t = 0; t < s.T; ++t) {
-        for (Size l = 0; l < s.L; ++l) {
-            const LayerWeights<T> layer = w.layers[l];
-            T* x_kept = l ? at(s, trail.upper_x, G, l - 1, t, first) : at(s, trail.x, G, 0, t, first);
-            T* y_kept = at(s, trail.y, G, l, t, first);
-            T *x = aside ? x_aside : x_kept, *y = aside ? y_aside : y_kept;
-            const Size K = s.fed(l);
-            T *fed = l ? state.hidden + (l - 1) * state.span * H : state.reads, *hidden = state.hidden + l * state.span * H;
-            team.elements(E, [&](const auto& own, Size e, Size) NTM_INLINE {
+    for (Index t = 0; t < s.T; ++t) {
+        auto params_of = [&](const SequenceFrame<T>& f) NTM_INLINE {
+            return aside ? f.params : at(s, trail.params, P, 0, t, first);
+        };
+        for (Index l = 0; l < s.L; ++l) {
+            const LayerWeights<T>& layer = w.layers[l];
+            const bool takes = Team::takes_inputs && l == 0, joins = takes || !s.gru;
+            const Index I = takes ? s.I : 0, K = I + s.fed(l);
+            auto x_kept = [&]() NTM_INLINE {
+                return l ? at(s, trail.upper_x, G, l - 1, t, first) : at(s, trail.x, G, 0, t, first);
+            };
+            auto y_kept = [&]() NTM_INLINE { return at(s, trail.y, G, l, t, first); };
+            auto x_of = [&](const SequenceFrame<T>& f) NTM_INLINE { return aside ? f.x : x_kept(); };
+            auto y_of = [&](const SequenceFrame<T>& f) NTM_INLINE { return aside ? f.y : y_kept(); };
+            auto fed_of = [&](const SequenceFrame<T>& f) NTM_INLINE {
+                return l ? f.state.hidden + (l - 1) * f.state.span * H : f.state.reads;
+            };
+            auto hidden_of = [&](const SequenceFrame<T>& f) NTM_INLINE { return f.state.hidden + l * f.state.span * H; };
+            team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
+                const SequenceFrame<T> f = frame();
+                T* x = x_of(f) + e * G;
                 own.sync();
-                if (keep && l == 0 && t && t % s.every == 0)
-                    copy(own, MN, state.memory + e * MN, trail.memory + ((t / s.every - 1) * B + first + e) * MN);
-                if (l)
-                    copy(own, G, layer.bias_x, x + e * G);
+                const Index every = team.again(s.every);
+                if (keep && l == 0 && t && t % every == 0)
+                    copy(own, MN, f.state.memory + e * MN, trail.memory + ((t / every - 1) * B + first + e) * MN);
+                if (l || takes)
+                    copy(own, G, layer.bias_x, x);
                 else
                     own.tiles(G, [&](auto tile) NTM_INLINE {
-                        tile.store(x + e * G, tile.load(x_kept + e * G) + tile.load(layer.bias_x));
+                        tile.store(x, tile.load(x_kept() + e * G) + tile.load(layer.bias_x));
                     });
-                if (s.gru) {
-                    copy(own, G, layer.bias_y, y + e * G);
-                } else {
-                    copy(own, K, fed + e * K, joined + e * (K + H));
-                    copy(own, H, hidden + e * H, joined + e * (K + H) + K);
-                }
+                T* joined = f.joined + e * (s.gru ? K : K + H);
+                if (takes) copy(own, I, at(s, inputs, I, 0, t, first + e), joined);
+                if (joins) copy(own, K - I, fed_of(f) + e * (K - I), joined + I);
+                if (s.gru)
+                    copy(own, G, layer.bias_y, y_of(f) + e * G);
+                else
+                    copy(own, H, hidden_of(f) + e * H, joined + K);
             });
             team.sync();
-            if (s.gru) {
-                team.product(E, K, G, fed, layer.fed, x);
-                team.product(E, H, G, hidden, layer.hidden, y);
-            } else {
-                team.product(E, K + H, G, joined, layer.fed, x);
+            {
+                const SequenceFrame<T> f = frame();
+                for_gates(s.gru, [&](bool second) NTM_INLINE {
+                    team.product(E, !s.gru ? K + H : second ? H : K, G,
+                                 second ? hidden_of(f) : joins ? f.joined : fed_of(f),
+                                 second ? layer.hidden : layer.fed, second ? y_of(f) : x_of(f));
+                });
             }
             team.sync();
-            team.elements(E, [&](const auto& own, Size e, Size) NTM_INLINE {
+            team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
+                const SequenceFrame<T> f = frame();
+                T *x = x_of(f) + e * G, *active = keep ? x_kept() + e * G : x, *hidden = hidden_of(f) + e * H;
                 if (s.gru) {
-                    gru_gates(own, H, x + e * G, y + e * G, hidden + e * H, hidden + e * H, x + e * G);
-                    leave(own, G, y + e * G, y_kept + e * G);
+                    T* y = y_of(f) + e * G;
+                    gru_gates(own, H, x, y, hidden, hidden, active);
+                    leave(own, G, y, y_kept() + e * G);
                 } else {
-                    T* cell = state.cell + (l * state.span + e) * H;
-                    lstm_gates(own, H, x + e * G, cell, hidden + e * H, cell, x + e * G);
+                    T* cell = f.state.cell + (l * f.state.span + e) * H;
+                    lstm_gates(own, H, x, cell, hidden, cell, active);
                     leave(own, H, cell, at(s, trail.cell, H, l, t, first + e));
                 }
-                leave(own, G, x + e * G, x_kept + e * G);
                 if (l + 1 < s.L) {
-                    leave(own, H, hidden + e * H, at(s, trail.hidden, H, l, t, first + e));
+                    leave(own, H, hidden, at(s, trail.hidden, H, l, t, first + e));
                 } else {
-                    copy(own, H, hidden + e * H, at(s, trail.features, H + F, 0, t, first + e));
-                    copy(own, P, w.heads_bias, (aside ? params_aside : at(s, trail.params, P, 0, t, first)) + e * P);
+                    copy(own, H, hidden, at(s, trail.features, H + F, 0, t, first + e));
+                    copy(own, P, w.heads_bias, params_of(f) + e * P);
                 }
             });
         }
-        T* params_kept = at(s, trail.params, P, 0, t, first);
-        T* params = aside ? params_aside : params_kept;
         team.sync();
-        team.product(E, H, P, state.hidden + (s.L - 1) * state.span * H, w.heads, params);
+        {
+            const SequenceFrame<T> f = frame();
+            team.product(E, H, P, f.state.hidden + (s.L - 1) * f.state.span * H, w.heads, params_of(f));
+        }
         team.sync();
-        team.elements(E, [&](const auto& own, Size e, Size room) NTM_INLINE {
-            T *rw = state.read_weights + e * RN, *ww = state.write_weights + e * WN, *reads = state.reads + e * F;
-            T* memory = state.memory + e * MN;
-            memory_step(own, s.step, o, memory, rw, ww, params + e * P, reads, memory, rw, ww,
-                        inner + room * inner_size);
+        team.elements(E, [&](const auto& own, Index e, Index room) NTM_INLINE {
+            {
+                const SequenceFrame<T> f = frame();
+                T *memory = f.state.memory + e * MN, *rw = f.state.read_weights + e * RN;
+                T* ww = f.state.write_weights + e * WN;
+                memory_step(own, s.step, o, memory, rw, ww, params_of(f) + e * P, f.state.reads + e * F, memory, rw, ww,
+                            f.inner + room * ntm::room(s.step.forward_scratch()));
+            }
             own.sync();
-            copy(own, F, reads, at(s, trail.features, H + F, 0, t, first + e) + H);
-            leave(own, P, params + e * P, params_kept + e * P);
-            leave(own, RN, rw, at(s, trail.read_weights, RN, 0, t, first + e));
-            leave(own, WN, ww, at(s, trail.write_weights, WN, 0, t, first + e));
+            const SequenceFrame<T> f = frame();
+            copy(own, F, f.state.reads + e * F, at(s, trail.features, H + F, 0, t, first + e) + H);
+            leave(own, P, params_of(f) + e * P, at(s, trail.params, P, 0, t, first + e));
+            leave(own, RN, f.state.read_weights + e * RN, at(s, trail.read_weights, RN, 0, t, first + e));
+            leave(own, WN, f.state.write_weights + e * WN, at(s, trail.write_weights, WN, 0, t, first + e));
         });
     }
     if constexpr (Team::staged)
-        team.elements(E, [&](const auto& own, Size e, Size) NTM_INLINE {
-            own.sync();
-            copy_state(own, s, e, as_const(state), place);
+        team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
+            copy_state(own, s, e, as_const(frame().state), tile_of(s, final, first));
         });
 }
 
@@ -249,14 +307,44 @@ struct SequenceGrads {
     T* params;   // [T, B, P]
 };
 
-constexpr Size sequence_backward_scratch(const SequenceSizes& s, Size E, const SequenceStaging& g) {
-    const Size G = s.gates(), P = s.step.params(), RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
-    return g.rooms * room(s.step.backward_scratch()) + g.rooms * room(s.read_size()) + room(E * s.H, E * s.H) +
-           room(s.gru ? 0 : E * s.widest()) +
-           g.staged * (room(E * G, s.gru ? E * G : 0, E * P, E * P, E * RN, E * WN) +
-                       TileState<char>::scratch(s, E, g.holds_memory)) +
-           g.holds_memory * room(2 * E * s.memory());
-}
+// As SequenceFrame, on the way back. The gradients of the gates and of the raw head parameters are worked on aside where
+// the team is staged, and there it fetches what it reads more than once.
+template <class T>
+struct SequenceBackwardFrame {
+    T *inner, *dr, *dh, *next, *joined;
+    T *dx, *dy, *dparams, *params;
+    T *read_weights, *write_weights, *memories;  // of two steps in turn
+    TileState<T> grad;
+
+    static constexpr Size scratch(const SequenceSizes& s, Size E, const SequenceStaging& g) {
+        const Size G = s.gates(), P = s.step.params(), RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
+        return g.rooms * room(s.step.backward_scratch()) + g.rooms * room(s.read_size()) + room(E * s.H, E * s.H) +
+               room(s.gru ? 0 : E * s.widest()) +
+               g.staged * (room(E * G, s.gru ? E * G : 0, E * P, E * P, 2 * E * RN, 2 * E * WN) +
+                           TileState<T>::scratch(s, E, g.holds_memory)) +
+               g.holds_memory * room(2 * E * s.memory());
+    }
+
+    template <class Team>
+    NTM_FN SequenceBackwardFrame(const Team& team, const SequenceSizes& s, Size E, const TileState<T>& place) {
+        constexpr bool aside = Team::staged;
+        const Size G = s.gates(), P = s.step.params();
+        Arena<T> arena{team.scratch()};
+        inner = arena.take(Team::rooms(E) * room(s.step.backward_scratch()));
+        dr = arena.take(Team::rooms(E) * room(s.read_size()));
+        dh = arena.take(E * s.H);
+        next = arena.take(E * s.H);
+        joined = arena.take(s.gru ? 0 : E * s.widest());
+        dx = arena.take(aside * E * G);
+        dy = arena.take(aside * s.gru * E * G);
+        dparams = arena.take(aside * E * P);
+        params = arena.take(aside * E * P);
+        read_weights = arena.take(aside * 2 * E * s.step.R * s.step.N);
+        write_weights = arena.take(aside * 2 * E * s.step.W * s.step.N);
+        memories = arena.take(Team::holds_memory * 2 * E * s.memory());
+        grad = hold(team, arena, s, E, place);
+    }
+};
 
 // Of memories written again: [E, every, M, N], where not every one was kept
 constexpr Size sequence_segment(const SequenceSizes& s, Size E) { return s.every == 1 ? 0 : E * s.every * s.memory(); }
@@ -265,148 +353,155 @@ constexpr Size sequence_segment(const SequenceSizes& s, Size E) { return s.every
 // grad_final is the gradient of the final state, grad becomes that of the initial one. Memories between the kept ones
 // are written again, from the kept weights, a segment at a time.
 template <class Team, class T = typename Team::Real>
-NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Size E,
+NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Index E,
                               const SequenceWeights<T>& w, const SequenceState<const T>& initial,
                               const T* final_memory /*[B, M, N]*/, const SequenceTrail<const T>& trail,
                               const T* grad_features /*[T, B, H + R M]*/, const SequenceState<const T>& grad_final,
                               const SequenceState<T>& grad, const SequenceGrads<T>& out,
-                              T* scratch /*of sequence_backward_scratch*/, T* segment /*of sequence_segment*/) {
-    const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
-    const Size RN = s.step.R * s.step.N, WN = s.step.W * s.step.N, inner_size = room(s.step.backward_scratch());
-    const Size rooms = Team::rooms(E), read_room = room(F);
-    Arena<T> arena{scratch};
-    T *inner = arena.take(rooms * inner_size), *dr = arena.take(rooms * read_room);
-    T *dh = arena.take(E * H), *next = arena.take(E * H), *joined = arena.take(s.gru ? 0 : E * s.widest());
+                              T* segment /*of sequence_segment*/) {
+    using Frame = SequenceBackwardFrame<T>;
+    const Size B = s.B;
+    const Index H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
+    const Index RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
     constexpr bool aside = Team::staged;
-    T *dx_aside = arena.take(aside * E * G), *dy_aside = arena.take(aside * s.gru * E * G);
-    T *dparams_aside = arena.take(aside * E * P), *params_aside = arena.take(aside * E * P);
-    T *rw_aside = arena.take(aside * E * RN), *ww_aside = arena.take(aside * E * WN);
-    [[maybe_unused]] T* memories = arena.take(Team::holds_memory * 2 * E * MN);
-    const TileState<T> place = tile_of(s, grad, first), dstate = hold(team, arena, s, E, place);
-
-    team.elements(E, [&](const auto& own, Size e, Size) NTM_INLINE {
-        copy_state(own, s, e, tile_of(s, grad_final, first), dstate);
+    auto frame = [&]() NTM_INLINE { return Frame(team, s, team.again(E), tile_of(s, grad, first)); };
+    auto inner_of = [&](const Frame& f, Index room) NTM_INLINE {
+        return f.inner + room * ntm::room(s.step.backward_scratch());
+    };
+    team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
+        copy_state(own, s, e, tile_of(s, grad_final, first), frame().grad);
     });
-
-    // The memory before step t
-    auto memory_before = [&](Size t, Size segment_begin, Size e) NTM_INLINE -> const T* {
+    // Step t's segment, begin to end: before its first step the memory was kept that is number `kept`, 0 the initial one.
+    Index kept = (s.T - 1) / s.every, begin = kept * s.every, end = s.T;
+    auto memory_before = [&](Index step, Index e) NTM_INLINE -> const T* {
         const Size b = first + e;
-        if (t == s.T) return final_memory + b * MN;
-        if (t == 0) return initial.memory + b * MN;
-        if (t % s.every == 0) return trail.memory + ((t / s.every - 1) * B + b) * MN;
-        return segment + (e * s.every + t - segment_begin) * MN;
+        if (step == s.T) return final_memory + b * MN;
+        if (step == 0) return initial.memory + b * MN;
+        if (step == begin || step == end) return trail.memory + ((kept - (step == begin)) * B + b) * MN;
+        return segment + (e * s.every + step - begin) * MN;
     };
-    auto rewrite = [&](Size begin, Size end) NTM_INLINE {
-        team.elements(E, [&](const auto& own, Size e, Size room) NTM_INLINE {
-            for (Size t = begin; t + 1 < end; ++t) {
-                Arena<T> of_step{inner + room * inner_size};
-                const Activated<T> active(of_step, s.step);
-                active.write_vectors(own, s.step, o, at(s, trail.params, P, 0, t, first + e));
-                own.sync();
-                write(own, s.step.W, s.step.N, s.step.M, memory_before(t, begin, e),
-                      at(s, trail.write_weights, WN, 0, t, first + e), active.erase, active.add,
-                      segment + (e * s.every + t + 1 - begin) * MN);
-                own.sync();
-            }
-        });
-    };
-
-    for (Size t = s.T - 1, begin = s.T; t >= 0; --t) {
-        if (t < begin) {
-            const Size end = begin;
-            begin = t / s.every * s.every;
-            rewrite(begin, end);
-        }
-        T* dparams_kept = at(s, out.params, P, 0, t, first);
-        T* dparams = aside ? dparams_aside : dparams_kept;
-        team.elements(E, [&](const auto& own, Size e, Size room) NTM_INLINE {
+    for (Index t = s.T - 1; t >= 0; --t) {
+        auto dparams_kept = [&]() NTM_INLINE { return at(s, out.params, P, 0, t, first); };
+        auto dparams_of = [&](const Frame& f) NTM_INLINE { return aside ? f.dparams : dparams_kept(); };
+        if (t < begin) end = begin, begin -= s.every, --kept;
+        if (t + 1 == end)
+            team.elements(E, [&](const auto& own, Index e, Index room) NTM_INLINE {
+                for (Index again = begin; again < t; ++again) {
+                    Arena<T> arena{inner_of(frame(), room)};
+                    const Activated<T> active(arena, s.step);
+                    active.write_vectors(own, s.step, o, at(s, trail.params, P, 0, again, first + e));
+                    own.sync();
+                    write(own, s.step.W, s.step.N, s.step.M, memory_before(again, e),
+                          at(s, trail.write_weights, WN, 0, again, first + e), active.erase, active.add,
+                          segment + (e * s.every + again + 1 - begin) * MN);
+                    own.sync();
+                }
+            });
+        team.elements(E, [&](const auto& own, Index e, Index room) NTM_INLINE {
+            const Frame f = frame();
             const Size b = first + e;
-            const T* earlier_rw = t ? at(s, trail.read_weights, RN, 0, t - 1, b) : initial.read_weights + b * RN;
-            const T* earlier_ww = t ? at(s, trail.write_weights, WN, 0, t - 1, b) : initial.write_weights + b * WN;
-            // What a staged team reads more than once: fetched, of the memories one, as the other was the last step's.
-            auto fetch = [&](T* to, const T* from, Size n) NTM_INLINE -> const T* {
+            auto fetch = [&](T* to, const T* from, Index n) NTM_INLINE -> const T* {
                 own.put(n, from, to + e * n);
                 return aside ? to + e * n : from;
             };
-            const T *before = memory_before(t, begin, e), *after = memory_before(t + 1, begin, e);
-            if constexpr (Team::holds_memory) {
-                if (t + 1 == s.T) after = fetch(memories + (t + 1) % 2 * E * MN, after, MN);
-                else after = memories + ((t + 1) % 2 * E + e) * MN;
-                before = fetch(memories + t % 2 * E * MN, before, MN);
+            // Of what a step finds and leaves, n numbers each: what this one leaves was fetched as what the next finds.
+            auto fetch_both = [&](T* two, Index n, const T*& before, const T*& after) NTM_INLINE {
+                T* place = two + (t + 1) % 2 * E * n;
+                if (t + 1 == s.T) fetch(place, after, n);
+                after = place + e * n;
+                before = fetch(two + t % 2 * E * n, before, n);
+            };
+            const T *before = memory_before(t, e), *after = memory_before(t + 1, e);
+            const T* earlier_rw = t ? at(s, trail.read_weights, RN, 0, t - 1, b) : initial.read_weights + b * RN;
+            const T* earlier_ww = t ? at(s, trail.write_weights, WN, 0, t - 1, b) : initial.write_weights + b * WN;
+            const T *rw = at(s, trail.read_weights, RN, 0, t, b), *ww = at(s, trail.write_weights, WN, 0, t, b);
+            if constexpr (Team::holds_memory) fetch_both(f.memories, MN, before, after);
+            if constexpr (aside) {
+                fetch_both(f.read_weights, RN, earlier_rw, rw);
+                fetch_both(f.write_weights, WN, earlier_ww, ww);
             }
-            const T* params = fetch(params_aside, at(s, trail.params, P, 0, t, b), P);
-            const T* rw = fetch(rw_aside, at(s, trail.read_weights, RN, 0, t, b), RN);
-            const T* ww = fetch(ww_aside, at(s, trail.write_weights, WN, 0, t, b), WN);
-            T *dmemory = dstate.memory + e * MN, *dr_own = dr + room * read_room;
-            T *drw = dstate.read_weights + e * RN, *dww = dstate.write_weights + e * WN;
-            const T* dfeatures = at(s, grad_features, H + F, 0, t, b);
+            const T* params = fetch(f.params, at(s, trail.params, P, 0, t, b), P);
+            T* dr = f.dr + room * ntm::room(F);
             own.tiles(F, [&](auto tile) NTM_INLINE {
-                tile.store(dr_own, tile.load(dfeatures + H) + tile.load(dstate.reads + e * F));
+                tile.store(dr, tile.load(at(s, grad_features, H + F, 0, t, b) + H) + tile.load(f.grad.reads + e * F));
             });
+            copy(own, H, at(s, grad_features, H + F, 0, t, b), f.dh + e * H);
             own.sync();
-            memory_step_backward(own, s.step, o, before, earlier_rw, earlier_ww, params, after, rw, ww, dr_own, dmemory,
-                                 drw, dww, dmemory, drw, dww, dparams + e * P, inner + room * inner_size);
-            copy(own, H, dfeatures, dh + e * H);
+            T *dmemory = f.grad.memory + e * MN, *drw = f.grad.read_weights + e * RN;
+            T* dww = f.grad.write_weights + e * WN;
+            memory_step_backward(own, s.step, o, before, earlier_rw, earlier_ww, params, after, rw, ww, dr, dmemory,
+                                 drw, dww, dmemory, drw, dww, dparams_of(f) + e * P, inner_of(f, room));
         });
         team.sync();
-        team.product(E, P, H, dparams, w.heads, dh);
+        {
+            const Frame f = frame();
+            team.product(E, P, H, dparams_of(f), w.heads, f.dh);
+        }
         team.sync();
-        for (Size l = s.L - 1; l >= 0; --l) {
-            const LayerWeights<T> layer = w.layers[l];
-            const Size K = s.fed(l);
-            T *dhidden = dstate.hidden + l * dstate.span * H, *dcell = dstate.cell + l * dstate.span * H;
-            T* dx_kept = l ? at(s, out.upper_x, G, l - 1, t, first) : at(s, out.x, G, 0, t, first);
-            T* dy_kept = at(s, out.y, G, l, t, first);
-            T *dx = aside ? dx_aside : dx_kept, *dy = aside ? dy_aside : dy_kept;
-            T* below = l ? next : dstate.reads;
-            team.elements(E, [&](const auto& own, Size e, Size) NTM_INLINE {
+        for (Index l = s.L - 1; l >= 0; --l) {
+            const LayerWeights<T>& layer = w.layers[l];
+            const Index K = s.fed(l);
+            auto dx_kept = [&]() NTM_INLINE {
+                return l ? at(s, out.upper_x, G, l - 1, t, first) : at(s, out.x, G, 0, t, first);
+            };
+            auto dy_kept = [&]() NTM_INLINE { return at(s, out.y, G, l, t, first); };
+            auto dx_of = [&](const Frame& f) NTM_INLINE { return aside ? f.dx : dx_kept(); };
+            auto dy_of = [&](const Frame& f) NTM_INLINE { return aside ? f.dy : dy_kept(); };
+            auto dhidden_of = [&](const Frame& f) NTM_INLINE { return f.grad.hidden + l * f.grad.span * H; };
+            // A layer's hands the layer below its dh, in the other of two places.
+            auto dh_of = [&](const Frame& f) NTM_INLINE { return (s.L - 1 - l) % 2 ? f.next : f.dh; };
+            auto below_of = [&](const Frame& f) NTM_INLINE {
+                return !l ? f.grad.reads : (s.L - 1 - l) % 2 ? f.dh : f.next;
+            };
+            team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
+                const Frame f = frame();
                 const Size b = first + e;
                 const T* x = l ? at(s, trail.upper_x, G, l - 1, t, b) : at(s, trail.x, G, 0, t, b);
-                own.sync();
-                own.tiles(H, [&](auto tile) NTM_INLINE {
-                    tile.store(dh + e * H, tile.load(dh + e * H) + tile.load(dhidden + e * H));
-                });
+                T *dh = dh_of(f) + e * H, *dx = dx_of(f) + e * G, *dhidden = dhidden_of(f) + e * H;
+                own.tiles(H, [&](auto tile) NTM_INLINE { tile.store(dh, tile.load(dh) + tile.load(dhidden)); });
                 if (s.gru) {
                     const T* hidden = !t            ? initial.hidden + (l * B + b) * H
                                       : l + 1 < s.L ? at(s, trail.hidden, H, l, t - 1, b)
                                                     : at(s, trail.features, H + F, 0, t - 1, b);
-                    gru_gates_backward<true>(own, H, x, at(s, trail.y, G, l, t, b), hidden, dh + e * H, dx + e * G,
-                                             dy + e * G, dhidden + e * H);
-                    clear(own, K, below + e * K);
+                    gru_gates_backward<true>(own, H, x, at(s, trail.y, G, l, t, b), hidden, dh, dx, dy_of(f) + e * G,
+                                             dhidden);
+                    clear(own, K, below_of(f) + e * K);
                 } else {
                     const T* cell = t ? at(s, trail.cell, H, l, t - 1, b) : initial.cell + (l * B + b) * H;
-                    lstm_gates_backward<true>(own, H, x, cell, at(s, trail.cell, H, l, t, b), dh + e * H,
-                                              dcell + e * H, dx + e * G, dcell + e * H);
-                    clear(own, K + H, joined + e * (K + H));
+                    T* dcell = f.grad.cell + (l * f.grad.span + e) * H;
+                    lstm_gates_backward<true>(own, H, x, cell, at(s, trail.cell, H, l, t, b), dh, dcell, dx, dcell);
+                    clear(own, K + H, f.joined + e * (K + H));
                 }
             });
             team.sync();
-            if (s.gru) {
-                team.product(E, G, H, dy, layer.hidden, dhidden);
-                team.product(E, G, K, dx, layer.fed, below);
-            } else {
-                team.product(E, G, K + H, dx, layer.fed, joined);
+            {
+                const Frame f = frame();
+                for_gates(s.gru, [&](bool second) NTM_INLINE {
+                    team.product(E, G, !s.gru ? K + H : second ? H : K, second ? dy_of(f) : dx_of(f),
+                                 second ? layer.hidden : layer.fed,
+                                 !s.gru ? f.joined : second ? dhidden_of(f) : below_of(f));
+                });
             }
             team.sync();
-            team.elements(E, [&](const auto& own, Size e, Size) NTM_INLINE {
-                own.put(G, dx + e * G, dx_kept + e * G);
+            team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
+                const Frame f = frame();
+                own.put(G, dx_of(f) + e * G, dx_kept() + e * G);
                 if (s.gru) {
-                    own.put(G, dy + e * G, dy_kept + e * G);
+                    own.put(G, dy_of(f) + e * G, dy_kept() + e * G);
                 } else {
-                    copy(own, K, joined + e * (K + H), below + e * K);
-                    copy(own, H, joined + e * (K + H) + K, dhidden + e * H);
+                    const T* joined = f.joined + e * (K + H);
+                    copy(own, K, joined, below_of(f) + e * K);
+                    copy(own, H, joined + K, dhidden_of(f) + e * H);
                 }
-                if (l == 0) own.put(P, dparams + e * P, dparams_kept + e * P);
+                if (l == 0) own.put(P, dparams_of(f) + e * P, dparams_kept() + e * P);
             });
-            T* const spent = dh;
-            dh = next;
-            next = spent;
+            // The layer below has rows of another length: one may lie where another element's was.
+            team.sync();
         }
     }
     if constexpr (Team::staged)
-        team.elements(E, [&](const auto& own, Size e, Size) NTM_INLINE {
-            own.sync();
-            copy_state(own, s, e, as_const(dstate), place);
+        team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
+            copy_state(own, s, e, as_const(frame().grad), tile_of(s, grad, first));
         });
 }
 

@@ -18,19 +18,22 @@ struct StepOptions {
 
 // R read and W write heads, N locations, M width, K = 2S+1 shifts.
 struct StepSizes {
-    Size B, R, W, N, M, K;
+    Size B;
+    Index R, W, N, M, K;
 
     // Raw parameters of one head, and of one element: read heads, write heads, then e and a of every write head.
-    constexpr Size head() const { return M + K + 3; }
-    constexpr Size write_params() const { return (R + W) * head(); }  // where e and a begin
-    constexpr Size params() const { return write_params() + 2 * W * M; }
+    constexpr Index head() const { return M + K + 3; }
+    constexpr Index write_params() const { return (R + W) * head(); }  // where e and a begin
+    constexpr Index params() const { return write_params() + 2 * W * M; }
+
+    constexpr Size memory() const { return Size(M) * N; }
 
     // Scratch of one element.
     constexpr Size forward_scratch() const {
-        return (R + W) * (M + K + 3 * (K + 3)) + 2 * W * M + 7 * 16 + Addressing<float>::scratch(N, K);
+        return Size(R + W) * (M + K + 3 * (K + 3)) + 2 * W * M + 7 * 16 + Addressing<float>::scratch(N, K);
     }
     constexpr Size backward_scratch() const {
-        return forward_scratch() + address_backward_scratch(N, K) + (N + 16) + W * (N + 16);
+        return forward_scratch() + address_backward_scratch(N, K) + (N + 16) + Size(W) * (N + 16);
     }
 };
 

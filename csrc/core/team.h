@@ -83,7 +83,7 @@ template <class T>
 struct Arena {
     T* next;
 
-    static constexpr Size size(Size count) { return (count + 15) / 16 * 16; }
+    static constexpr Size size(Size count) { return (count + 15) & ~Size(15); }
 
     NTM_FN T* take(Size count) {
         T* piece = next;

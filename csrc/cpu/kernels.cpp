@@ -95,19 +95,23 @@ constexpr Size sequence_tile = 8;  // elements that share a pass over the weight
 template <class T>
 struct SequenceThread {
     using Real = T;
-    static constexpr bool staged = false, holds_memory = false;
+    static constexpr bool staged = false, takes_inputs = true, holds_memory = false;
     static constexpr Size rooms(Size) { return 1; }
 
+    T* own;
+
+    T* scratch() const { return own; }
+    static Index again(Index n) { return n; }
     void sync() const {}
     void product(Size E, Size K, Size C, const T* in, const T* packed, T* out) const {
         cpu::product(E, K, C, in, packed, out);
     }
     template <class F>
     NTM_FN void elements(Size E, F&& f) const {
-        for (Size e = 0; e < E; ++e) f(Thread<T>{}, e, Size(0));
+        for (Index e = 0; e < E; ++e) f(Thread<T>{}, e, Index(0));
     }
 };
-constexpr SequenceStaging in_place = {false, false, 1};
+constexpr SequenceStaging in_place = {false, true, false, 1};
 
 // The weights of a whole sequence, packed for one direction, and its biases
 template <class T>
@@ -122,9 +126,11 @@ struct PackedSequence {
     static Size size(const SequenceSizes& s, bool backward) {
         const Size G = s.gates();
         Size total = room(size(s.H, s.step.params(), backward));
-        for (Size l = 0; l < s.L; ++l)
-            total += s.gru ? room(size(s.fed(l), G, backward), size(s.H, G, backward))
-                           : room(size(s.joined(l), G, backward), G);
+        for (Size l = 0; l < s.L; ++l) {
+            const Size fed = (backward || l ? 0 : s.I) + s.fed(l);
+            total += s.gru ? room(size(fed, G, backward), size(s.H, G, backward))
+                           : room(size(fed + s.H, G, backward), G);
+        }
         return total;
     }
 
@@ -151,8 +157,8 @@ struct PackedSequence {
             return packed;
         };
         for (Size l = 0; l < s.L; ++l, raw += 4) {
-            const Size skipped = l ? 0 : s.I;
-            const Source fed = {raw[0] + skipped, skipped + s.fed(l), s.fed(l)}, hidden = {raw[1], s.H, s.H};
+            const Size I = l ? 0 : s.I, skipped = backward ? I : 0;
+            const Source fed = {raw[0] + skipped, I + s.fed(l), I - skipped + s.fed(l)}, hidden = {raw[1], s.H, s.H};
             if (s.gru) {
                 const T* own = take(G, {fed});
                 layers.push_back({own, take(G, {hidden}), raw[2], raw[3]});
@@ -166,7 +172,7 @@ struct PackedSequence {
     }
 };
 
-// Calls f(team, first, count, scratch) for tiles of the batch, of nearly the same size, as many on every thread.
+// Calls f(team, first, count) for tiles of the batch, of nearly the same size, as many on every thread.
 template <class T, class F>
 Error sequence_tiles(const SequenceSizes& s, Size scratch, const Launch& launch, F f) {
     if (s.B == 0) return nullptr;
@@ -175,18 +181,19 @@ Error sequence_tiles(const SequenceSizes& s, Size scratch, const Launch& launch,
     const Size tiles = std::min(s.B, threads * ((per_thread + sequence_tile - 1) / sequence_tile));
     return parallel<T>(tiles, grain, scratch, launch, [=](auto, Size i, T* own) {
         const Size first = s.B * i / tiles, end = s.B * (i + 1) / tiles;
-        f(SequenceThread<T>{}, first, end - first, own);
+        f(SequenceThread<T>{own}, first, end - first);
     });
 }
 
 template <class T>
 Error ntm_sequence(Launch launch, SequenceSizes s, StepOptions o, int keep, const T* const* weights,
-                   SequenceState<const T> initial, SequenceState<T> final, SequenceTrail<T> trail) {
+                   const T* inputs, SequenceState<const T> initial, SequenceState<T> final, SequenceTrail<T> trail) {
+    if (is_too_large(s)) return too_large;
     const PackedSequence<T> packed(s, weights, false);
     if (!packed.storage.get()) return out_of_memory;
-    const Size scratch_size = sequence_scratch(s, std::min(s.B, sequence_tile), keep != 0, in_place);
-    return sequence_tiles<T>(s, scratch_size, launch, [&](auto team, Size first, Size count, T* scratch) {
-        sequence(team, s, o, first, count, keep != 0, packed.weights, initial, final, trail, scratch);
+    const Size scratch = SequenceFrame<T>::scratch(s, std::min(s.B, sequence_tile), keep != 0, in_place);
+    return sequence_tiles<T>(s, scratch, launch, [&](auto team, Size first, Size count) {
+        sequence(team, s, o, first, count, keep != 0, packed.weights, inputs, initial, final, trail);
     });
 }
 
@@ -195,13 +202,13 @@ Error ntm_sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const
                             SequenceState<const T> initial, const T* final_memory, SequenceTrail<const T> trail,
                             const T* grad_features, SequenceState<const T> grad_final, SequenceState<T> grad,
                             SequenceGrads<T> out) {
+    if (is_too_large(s)) return too_large;
     const PackedSequence<T> packed(s, weights, true);
     if (!packed.storage.get()) return out_of_memory;
-    const Size E = std::min(s.B, sequence_tile), scratch_size = sequence_backward_scratch(s, E, in_place);
-    const Size with_segment = room(scratch_size) + sequence_segment(s, E);
-    return sequence_tiles<T>(s, with_segment, launch, [&](auto team, Size first, Size count, T* scratch) {
+    const Size E = std::min(s.B, sequence_tile), scratch = SequenceBackwardFrame<T>::scratch(s, E, in_place);
+    return sequence_tiles<T>(s, scratch + sequence_segment(s, E), launch, [&](auto team, Size first, Size count) {
         sequence_backward(team, s, o, first, count, packed.weights, initial, final_memory, trail, grad_features,
-                          grad_final, grad, out, scratch, scratch + room(scratch_size));
+                          grad_final, grad, out, team.scratch() + scratch);
     });
 }
 

@@ -16,6 +16,7 @@ Operators<T> operators() {
     serve_addressing(table);
     serve_memory(table);
     serve_step(table);
+    serve_sequence(table);
     return table;
 }
 

@@ -72,21 +72,30 @@ inline cudaError_t limits_of(int device, Limits& limits) {
     return cudaSuccess;
 }
 
-template <class Team, class Body, class T = typename Body::Real>
-cudaError_t enqueue(const Body& body, const Plan& plan, const Launch& launch) {
-    auto* kernel = &for_each_item<Team, Body>;
+// As it is, where a parameter's type shall not be deduced from it
+template <class T>
+struct Given {
+    using type = T;
+};
+
+template <class... Parameters>
+cudaError_t enqueue(void (*kernel)(Parameters...), Size blocks, int threads, Size shared, const Launch& launch,
+                    typename Given<Parameters>::type... parameters) {
     constexpr Size without_asking = 48 << 10;  // bytes of shared memory
-    if (plan.shared > without_asking) {
+    if (shared > without_asking) {
         const cudaError_t status =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared));
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
         if (status != cudaSuccess) return status;
     }
-    Body copy = body;
-    Size items = body.items(), scratch = body.scratch(Team::staged);
-    T* workspace = plan.workspace ? static_cast<T*>(launch.workspace) : nullptr;
-    void* arguments[] = {&copy, &items, &scratch, &workspace};
-    return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(plan.threads), arguments,
-                            static_cast<std::size_t>(plan.shared), static_cast<cudaStream_t>(launch.stream));
+    void* arguments[] = {&parameters...};
+    return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments,
+                            static_cast<std::size_t>(shared), static_cast<cudaStream_t>(launch.stream));
+}
+
+template <class Team, class Body, class T = typename Body::Real>
+cudaError_t enqueue(const Body& body, const Plan& plan, const Launch& launch) {
+    return enqueue(&for_each_item<Team, Body>, plan.blocks, plan.threads, plan.shared, launch, body, body.items(),
+                   body.scratch(Team::staged), plan.workspace ? static_cast<T*>(launch.workspace) : nullptr);
 }
 
 // float64 is there to check gradients with: one kernel for all its sizes. And one item of a memory step keeps several

@@ -2,7 +2,7 @@
 // without CUDA, so that tests can ask it anything.
 #pragma once
 
-#include "core/team.h"
+#include "core/sequence.h"
 
 namespace ntm::cuda {
 
@@ -38,6 +38,7 @@ struct Plan {
     Size workspace;  // bytes in all
 };
 
+constexpr int warp_size = 32;
 constexpr int warps_per_block = 4;
 constexpr int most_threads = 256;
 constexpr Size most_blocks = (Size(1) << 31) - 1;
@@ -60,15 +61,57 @@ constexpr Plan plan(const Demand& d, const Limits& limits, const Kernels& kernel
     if (kernels.warps && d.width <= wide && of_warps <= limits.shared_per_block && fitting >= resident_warps &&
         d.items >= limits.multiprocessors * resident_warps)
         return {Way::warps, smaller((d.items + warps_per_block - 1) / warps_per_block, most_blocks),
-                warps_per_block * 32, of_warps, 0};
+                warps_per_block * warp_size, of_warps, 0};
 
-    const int threads = int(smaller(round_up(d.width, 32), most_threads));
+    const int threads = int(smaller(round_up(d.width, warp_size), most_threads));
     const Size blocks = smaller(d.items, most_blocks);
     const Size staged = reserved + d.staged * d.real, unstaged = reserved + d.unstaged * d.real;
     if (kernels.block && staged <= limits.shared_per_block) return {Way::block, blocks, threads, staged, 0};
     if (unstaged <= limits.shared_per_block) return {Way::unstaged, blocks, threads, unstaged, 0};
     const Size few = smaller(d.items, 2 * limits.multiprocessors);  // each with its scratch
     return {Way::workspace, few, threads, reserved, few * d.unstaged * d.real};
+}
+
+// How a sequence's batch is dealt out: a block takes a tile of elements through all of time.
+struct SequencePlan {
+    int elements;       // of a tile; 0 where not even one fits
+    int group;          // threads that work on one of them
+    int threads;        // of a block: for the controller's products all work on all
+    bool holds_memory;  // in shared memory; else the memories stay where they are
+    Size blocks;
+    Size shared;  // bytes of a block; where nothing fits, those that one element would take
+};
+
+constexpr int most_elements = 8;  // a product's sums that a thread holds at once
+// Of a block: as many as there are registers for. Two blocks on a multiprocessor would read the weights twice.
+constexpr int sequence_threads(Size real) { return real == sizeof(float) ? 512 : 256; }
+// What a group's warps find goes through a number for each of its threads, in two halves.
+constexpr Size exchange_room(int group) { return room(2 * group); }
+
+constexpr SequencePlan sequence_tile(const SequenceSizes& s, bool backward, Size real, int elements, bool holds) {
+    const int threads = sequence_threads(real);
+    int group = threads / elements;
+    while (group > warp_size && group / 2 >= s.step.N) group /= 2;
+    const SequenceStaging staging = {true, false, holds, elements};
+    const Size scratch = backward ? SequenceBackwardFrame<char>::scratch(s, elements, staging)
+                                  : SequenceFrame<char>::scratch(s, elements, true, staging);
+    return {elements, group, threads, holds, (s.B + elements - 1) / elements,
+            (elements * exchange_room(group) + scratch) * real};
+}
+
+// A tile that gives every multiprocessor a block, where there are elements enough, and then as many of them as fit: the
+// weights are read once for a tile. Memories are held where one fits, and where there is a kernel for it.
+constexpr SequencePlan sequence_plan(const SequenceSizes& s, bool backward, Size real, const Limits& limits, bool holding) {
+    int wanted = 1;
+    while (wanted < most_elements && (s.B + wanted - 1) / wanted > limits.multiprocessors) wanted *= 2;
+    for (int holds = holding; holds >= 0; --holds)
+        for (int elements = wanted; elements > 0; elements /= 2) {
+            const SequencePlan plan = sequence_tile(s, backward, real, elements, holds);
+            if (plan.shared <= limits.shared_per_block) return plan;
+        }
+    SequencePlan none = sequence_tile(s, backward, real, 1, false);
+    none.elements = 0;
+    return none;
 }
 
 }  // namespace ntm::cuda

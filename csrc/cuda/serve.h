@@ -13,5 +13,7 @@ template <class T>
 void serve_memory(Operators<T>&);
 template <class T>
 void serve_step(Operators<T>&);
+template <class T>
+void serve_sequence(Operators<T>&);
 
 }  // namespace ntm::cuda

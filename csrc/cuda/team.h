@@ -1,4 +1,4 @@
-// The GPU's Teams: a warp, several of which share a block, or a whole block.
+// The GPU's Teams: a warp, several of which share a block, a group of warps, or a whole block.
 //
 // A lane's elements of a tile lie a team's width apart: neighbouring lanes touch neighbouring numbers whatever the
 // alignment, the shift and the bank, which four contiguous numbers a lane would not. What is copied in one piece, to and
@@ -13,13 +13,13 @@
 #include <limits>
 
 #include "core/team.h"
+#include "cuda/plan.h"
 
 // Of the block; launch.h deals it out.
 extern __shared__ __align__(16) unsigned char ntm_shared[];
 
 namespace ntm::cuda {
 
-constexpr int warp_size = 32;
 constexpr unsigned all_lanes = 0xffffffffu;
 
 template <int W>
@@ -186,31 +186,27 @@ NTM_FN T over_warp(T x, F f) {
     return x;
 }
 
-// The sums of Count rows over a warp, S of each: lane k < Count gets those of row k, by an exchange that halves what
-// every lane still holds (6 shuffles for 4 rows, where one row after the other takes 20).
-template <int Count, int S, class T>
-NTM_FN void scatter(Sum<T> (&sums)[Count][S], T (&totals)[S]) {
-    const int lane = threadIdx.x % warp_size;
-    if constexpr (Count == 1) {
-        unroll<S>([&](auto s) NTM_INLINE {
-            totals[s] = over_warp(sums[0][s].value, [](T a, T b) NTM_INLINE { return a + b; });
-        });
+// Sums, of Count rows S each, over the lanes that differ in bits Bit down to Last. Every exchange halves what a lane still
+// holds (6 shuffles for 4 rows over a warp, where one row after the other takes 20); then(row, sums) is called by one
+// of these lanes for every row.
+template <int Bit, int Last, int Count, int S, class T, class F>
+NTM_FN void sum_rows(const T (&x)[Count][S], int row, F&& then) {
+    const bool upper = threadIdx.x & Bit;
+    if constexpr (Bit < Last) {
+        if (row >= 0) unroll<Count>([&](auto k) NTM_INLINE { then(row + k, x[k]); });
+    } else if constexpr (Count == 1) {
+        T sums[1][S];
+        unroll<S>([&](auto s) NTM_INLINE { sums[0][s] = x[0][s] + __shfl_xor_sync(all_lanes, x[0][s], Bit); });
+        sum_rows<Bit / 2, Last>(sums, upper ? -1 : row, then);
     } else {
-        static_assert(Count == 4);
-        T half[2][S];
-        unroll<2>([&](auto k) NTM_INLINE {
+        T half[Count / 2][S];
+        unroll<Count / 2>([&](auto k) NTM_INLINE {
             unroll<S>([&](auto s) NTM_INLINE {
-                const T low = sums[k][s].value, high = sums[k + 2][s].value;
-                half[k][s] = (lane & 2 ? high : low) + __shfl_xor_sync(all_lanes, lane & 2 ? low : high, 2);
+                const T low = x[k][s], high = x[k + Count / 2][s];
+                half[k][s] = (upper ? high : low) + __shfl_xor_sync(all_lanes, upper ? low : high, Bit);
             });
         });
-        unroll<S>([&](auto s) NTM_INLINE {
-            const T low = half[0][s], high = half[1][s];
-            T total = (lane & 1 ? high : low) + __shfl_xor_sync(all_lanes, lane & 1 ? low : high, 1);
-            total += __shfl_xor_sync(all_lanes, total, 4);
-            total += __shfl_xor_sync(all_lanes, total, 8);
-            totals[s] = total + __shfl_xor_sync(all_lanes, total, 16);
-        });
+        sum_rows<Bit / 2, Last>(half, row < 0 ? row : row + upper * (Count / 2), then);
     }
 }
 
@@ -253,7 +249,7 @@ struct Team {
     NTM_FN void put(Index n, const T* from, T* to) const {
         if constexpr (!Self::staged) return;
         constexpr int numbers = sizeof(Bytes16) / sizeof(T);
-        Index vectors = n / numbers;
+        Index vectors = static_cast<unsigned>(n) / numbers;
         if (reinterpret_cast<std::uintptr_t>(from) % 16 || reinterpret_cast<std::uintptr_t>(to) % 16) vectors = 0;
         const Bytes16* source = reinterpret_cast<const Bytes16*>(from);
         Bytes16* target = reinterpret_cast<Bytes16*>(to);
@@ -278,10 +274,11 @@ protected:
             const Chunk<part.count> rows{first + part.first};
             Sum<T> sums[part.count][S];
             tiles(n, [&](auto tile) NTM_INLINE { f(rows, tile, sums); });
-            T totals[S];
-            scatter(sums, totals);
-            const int lane = threadIdx.x % warp_size;
-            if (lane < part.count) then(rows.first + lane, totals);
+            T own[part.count][S];
+            unroll<part.count>([&](auto k) NTM_INLINE {
+                unroll<S>([&](auto s) NTM_INLINE { own[k][s] = sums[k][s].value; });
+            });
+            sum_rows<warp_size / 2, 1>(own, rows.first, then);
         });
     }
 
@@ -324,37 +321,27 @@ struct Warp : Team<Warp<T>, T, 4> {
     }
 };
 
-// A whole block. What its warps have found is exchanged through shared memory, in two halves that take turns: who
-// writes one of them again has met the others once since they read it.
-template <class T, bool Staged>
-struct Block : Team<Block<T, Staged>, T, 1> {
-    static constexpr bool staged = Staged;
-    static constexpr int max_threads = 256, min_blocks = 1;
-    static constexpr int half = 512;
-    static constexpr Size reserved = 2 * half;
-
-    NTM_FN explicit Block(T* exchange) : exchange(exchange) {}
-    NTM_FN int rank() const { return threadIdx.x; }
-    NTM_FN int size() const { return blockDim.x; }
-    NTM_FN void sync() const { __syncthreads(); }
-
-    NTM_FN T sum(typename Block::V v) const {
-        return over_block(v[0], [](T a, T b) NTM_INLINE { return a + b; });
+// Several warps. What they have found is exchanged through shared memory, in two halves that take turns: who writes one
+// of them again has met the others once since they read it.
+template <class Self, class T>
+struct Warps : Team<Self, T, 1> {
+    NTM_FN T sum(typename Warps::V v) const {
+        return over_all(v[0], [](T a, T b) NTM_INLINE { return a + b; });
     }
-    NTM_FN T max(typename Block::V v) const {
-        return over_block(v[0], [](T a, T b) NTM_INLINE { return a > b ? a : b; });
+    NTM_FN T max(typename Warps::V v) const {
+        return over_all(v[0], [](T a, T b) NTM_INLINE { return a > b ? a : b; });
     }
     template <int S, class F, class G>
     NTM_FN void rows(Index m, Index n, F&& f, G&& done) const {
-        const int warps = size() / warp_size, warp = rank() / warp_size;
-        const Index most = half / (S * warps);  // rows for which there is room: 32 or more
+        const int warps = self().size() / warp_size, warp = self().rank() / warp_size;
+        const Index most = self().half() / (S * warps);  // rows for which there is room: 16 or more
         for (Index first = 0; first < m; first += most) {
             const Index end = first + most < m ? first + most : m;
             T* place = next_half();
             this->template rows_by_warp<S>(first, end, n, f, [&](Index row, const T* totals) NTM_INLINE {
                 unroll<S>([&](auto s) NTM_INLINE { place[((row - first) * S + s) * warps + warp] = totals[s]; });
             });
-            sync();
+            self().sync();
             this->each(end - first, [&](Index row) NTM_INLINE {
                 T totals[S];
                 unroll<S>([&](auto s) NTM_INLINE {
@@ -366,24 +353,56 @@ struct Block : Team<Block<T, Staged>, T, 1> {
         }
     }
 
+protected:
+    NTM_FN explicit Warps(T* exchange) : exchange(exchange) {}
+
 private:
     T* exchange;
     mutable int turn = 0;
 
+    NTM_FN const Self& self() const { return static_cast<const Self&>(*this); }
     NTM_FN T* next_half() const {
         turn ^= 1;
-        return exchange + turn * half;
+        return exchange + turn * self().half();
     }
     template <class F>
-    NTM_FN T over_block(T x, F f) const {
+    NTM_FN T over_all(T x, F f) const {
         x = over_warp(x, f);
         T* place = next_half();
-        if (rank() % warp_size == 0) place[rank() / warp_size] = x;
-        sync();
+        if (self().rank() % warp_size == 0) place[self().rank() / warp_size] = x;
+        self().sync();
         x = place[0];
-        for (int w = 1; w < size() / warp_size; ++w) x = f(x, place[w]);
+        for (int w = 1; w < self().size() / warp_size; ++w) x = f(x, place[w]);
         return x;
     }
+};
+
+// A whole block.
+template <class T, bool Staged>
+struct Block : Warps<Block<T, Staged>, T> {
+    static constexpr bool staged = Staged;
+    static constexpr int max_threads = 256, min_blocks = 1;
+    static constexpr Size reserved = 2 * 512;
+
+    NTM_FN explicit Block(T* exchange) : Warps<Block, T>(exchange) {}
+    NTM_FN int rank() const { return threadIdx.x; }
+    NTM_FN int size() const { return blockDim.x; }
+    NTM_FN static constexpr Index half() { return reserved / 2; }
+    NTM_FN void sync() const { __syncthreads(); }
+};
+
+// Some warps of a block that has other work for its others; the block has several such groups, of 2^n threads.
+template <class T>
+struct Group : Warps<Group<T>, T> {
+    static constexpr bool staged = true;
+    const int threads, index;
+
+    NTM_FN Group(T* exchange, int threads, int index)
+        : Warps<Group, T>(exchange), threads(threads), index(index) {}
+    NTM_FN int rank() const { return threadIdx.x & (threads - 1); }
+    NTM_FN int size() const { return threads; }
+    NTM_FN Index half() const { return threads; }  // a number for every thread
+    NTM_FN void sync() const { __barrier_sync_count(1 + index, threads); }  // barrier 0 is the block's
 };
 
 }  // namespace ntm::cuda

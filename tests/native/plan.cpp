@@ -1,12 +1,12 @@
-// The launch plan for every size against the limits of several devices: whatever comes out must be launchable, must hold
+// The launch plans for every size against the limits of several devices: whatever comes out must be launchable, must hold
 // the scratch that its kernel uses, and must be the best way that fits.
 #include <cstdio>
 #include <cstdlib>
 
 #include "cuda/plan.h"
 
+using namespace ntm;
 using namespace ntm::cuda;
-using ntm::Size;
 
 namespace {
 
@@ -63,6 +63,107 @@ void check(const Demand& d, const Limits& limits, const Kernels& kernels) {
     }
 }
 
+// --- whole sequences ---
+
+SequenceSizes sizes(Size B, Index N, Index M, Index H, Index L = 1, Index heads = 1, int gru = 0, Index every = 1) {
+    return {41, B, 9, L, H, gru, {B, heads, heads, N, M, 3}, every};
+}
+
+// Numbers of a tile's scratch, by the arena that a kernel takes it from: nothing is left over, nothing short.
+struct Tile {
+    static constexpr bool staged = true, takes_inputs = false;
+    static constexpr Size rooms(Size E) { return E; }
+    char* scratch() const { return nullptr; }
+};
+template <bool Holds>
+struct HoldingTile : Tile {
+    static constexpr bool holds_memory = Holds;
+};
+template <bool Holds>
+Size taken(const SequenceSizes& s, bool backward, int E) {
+    const HoldingTile<Holds> team;
+    char* last = nullptr;  // where the last piece begins
+    Size size = s.L * E * s.H;
+    if (backward) {
+        const SequenceBackwardFrame<char> f(team, s, E, TileState<char>{});
+        last = s.gru ? f.grad.hidden : f.grad.cell;
+    } else {
+        const SequenceFrame<char> f(team, s, E, true, TileState<char>{});
+        last = s.gru ? f.state.hidden : f.state.cell;
+    }
+    return last - static_cast<char*>(nullptr) + room(size);
+}
+
+void check(const SequenceSizes& s, bool backward, Size real, const Limits& limits, bool holding) {
+    const SequencePlan p = sequence_plan(s, backward, real, limits, holding);
+    const Size B = s.B;
+    auto expect = [&](bool condition, const char* what) {
+        if (!condition && ++failures <= 20)
+            std::printf("%s\n  B %lld N %lld M %lld H %lld L %lld backward %d real %lld: elements %d group %d threads %d "
+                        "holds %d blocks %lld shared %lld of %lld\n",
+                        what, (long long)B, (long long)s.step.N, (long long)s.step.M, (long long)s.H, (long long)s.L,
+                        backward, (long long)real, p.elements, p.group, p.threads, p.holds_memory, (long long)p.blocks,
+                        (long long)p.shared, (long long)limits.shared_per_block);
+    };
+    const Size least = sequence_tile(s, backward, real, 1, false).shared;
+    expect((p.elements == 0) == (least > limits.shared_per_block), "refused what fits, or took what does not");
+    if (p.elements == 0) {
+        expect(p.shared == least, "tells another size than the least");
+        return;
+    }
+    expect(p.threads == (real == 4 ? 512 : 256), "threads, for which the registers are counted");
+    expect(p.elements == 1 || p.elements == 2 || p.elements == 4 || p.elements == 8, "elements");
+    expect(p.group >= 32 && p.group % 32 == 0 && (p.group & (p.group - 1)) == 0, "a group is not of 2^n warps");
+    expect(p.elements * p.group <= p.threads, "more groups than threads");
+    expect(p.group == 32 || p.group / 2 < s.step.N, "half a group would do");
+    expect(p.group * p.elements == p.threads || p.group >= s.step.N, "threads idle that could work");
+    expect(p.blocks * p.elements >= B && (p.blocks - 1) * p.elements < B, "blocks");
+    expect(p.shared <= limits.shared_per_block, "more than a block can have");
+    const Size scratch = p.holds_memory ? taken<true>(s, backward, p.elements) : taken<false>(s, backward, p.elements);
+    expect(p.shared == (p.elements * 2 * p.group + scratch) * real, "not what the kernel takes");
+    expect(holding || !p.holds_memory, "there is no such kernel");
+    if (holding && !p.holds_memory)
+        expect(sequence_tile(s, backward, real, 1, true).shared > limits.shared_per_block, "a memory would fit");
+    // As many as make a block for each multiprocessor, if they fit.
+    expect(p.elements == 1 || (B + p.elements / 2 - 1) / (p.elements / 2) > limits.multiprocessors, "too large a tile");
+    if (p.elements < 8 && (B + p.elements - 1) / p.elements > limits.multiprocessors)
+        expect(sequence_tile(s, backward, real, 2 * p.elements, p.holds_memory).shared > limits.shared_per_block,
+               "twice as many elements would fit");
+}
+
+void check_sequences() {
+    bool held = false, in_place = false, refused = false;
+    for (const Limits& limits : devices)
+        for (Size B : {1, 7, 132, 133, 1024, 16384, 100000})
+            for (Index N : {1, 20, 128, 1000, 4096})
+                for (Index M : {1, 20, 64})
+                    for (Index H : {1, 100, 513, 4096})
+                        for (Index L : {1, 3})
+                            for (int variant = 0; variant < 16; ++variant) {
+                                const bool backward = variant & 1, gru = variant & 2, many = variant & 4;
+                                const Size real = variant & 8 ? 8 : 4;
+                                const SequenceSizes s = sizes(B, N, M, H, L, many ? 4 : 1, gru);
+                                check(s, backward, real, limits, real == 4);
+                                const SequencePlan p = sequence_plan(s, backward, real, limits, real == 4);
+                                (p.elements == 0 ? refused : p.holds_memory ? held : in_place) = true;
+                            }
+    if (!(held && in_place && refused) && ++failures) std::printf("a way was never taken by sequences\n");
+
+    // The standard job on an H200
+    struct {
+        Size B;
+        int forward, backward;  // elements
+    } expected[] = {{1, 1, 1}, {132, 1, 1}, {264, 2, 2}, {1024, 8, 4}, {16384, 8, 4}};
+    for (auto [B, forward, backward] : expected) {
+        const SequencePlan f = sequence_plan(sizes(B, 128, 20, 100), false, 4, devices[3], true);
+        const SequencePlan b = sequence_plan(sizes(B, 128, 20, 100), true, 4, devices[3], true);
+        if ((f.elements != forward || b.elements != backward || !f.holds_memory || !b.holds_memory) && ++failures)
+            std::printf("standard job, B %lld: tiles of %d and %d\n", (long long)B, f.elements, b.elements);
+    }
+    if (sequence_plan(sizes(64, 1024, 32, 100), true, 4, devices[3], true).holds_memory && ++failures)
+        std::printf("a block cannot hold three memories of 1024 x 32\n");
+}
+
 }  // namespace
 
 int main() {
@@ -95,6 +196,7 @@ int main() {
         std::printf("a large memory is not left where it is\n");
     if (plan({64, 16384, 4, 16384 * 520, 16384 * 8, 1024}, h200, both).way != Way::workspace && ++failures)
         std::printf("a scratch beyond shared memory does not go to the workspace\n");
+    check_sequences();
     if (failures) std::printf("%d failures\n", failures);
     return failures != 0;
 }
