@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import pytest
+import test_sequence
 import torch
 from comparison import CUDA_ON_HOST, OPERATORS, Case, check, required
 from cuda_on_host import build, plant
@@ -102,11 +103,22 @@ def test_harness_finds(team: str, fault: str, kind: str, words: str) -> None:
     assert code != 0 and words in printed, printed
 
 
+SEQUENCE = "ntm_sequence"
+
 # --- calls, recorded from the operators and repeated by replay.cpp ----------------------------------------------------
 
 MANY = dict(B=25, N=45, M=7, H=2, R=1, W=2, S=1)  # a warp each, four of them in a block
 FEW = dict(B=5, N=70, M=9, H=2, R=2, W=2, S=2)  # a block each, of three warps
 LARGE = dict(B=1, N=230, M=70, H=1)  # of eight warps, which sum fewer rows at once
+# Of sequences: on the two multiprocessors a tile of four elements and one of the fifth, of four warps each. Rows that
+# are aligned and such that are not, memories written again or all kept.
+LSTM = dict(controller="lstm", layers=2, hidden=7, T=4, B=5, N=70, M=5, R=2, W=2, checkpoint=2)
+GRU = dict(controller="gru", layers=2, hidden=8, T=2, B=5, N=70, M=4, checkpoint="all")
+SEQUENCE_CASES = [
+    *((LSTM, torch.float32, 49152), (GRU, torch.float32, 49152)),
+    *((LSTM, torch.float32, 20000), (GRU, torch.float32, 14000)),  # memories are held in none
+    *((LSTM, torch.float64, 49152), (GRU, torch.float64, 49152)),
+]
 READ_FIRST = {"options": (("read_first", True),)}
 # With the bytes of shared memory that a block may have: enough for all, for some, for no more than the block's own.
 CASES = [
@@ -123,24 +135,64 @@ class Recorder:
         self.path, self.call = path, _native.call
 
     def __call__(self, name: str, like: torch.Tensor, *values) -> None:
-        op = ops._BY_NAME[name.removesuffix("_backward")]
-        dims = dict(zip(op.sizes, values))
-        if op.derived:
-            dims |= op.derived(dims, *([dims["K"] // 2] if op.options else []))
-        inputs, outputs = list(op.inputs.values()), list(op.outputs.values())
-        if name != op.name:
-            inputs, outputs = [*inputs, *(op.outputs[saved] for saved in op.saved), *outputs], inputs
-        count = len(inputs) + len(outputs)
-        scalars, addresses = values[:-count], values[-count:]
-        sizes = [like.element_size() * math.prod(dims[letter] for letter in letters) for letters in inputs + outputs]
-        before = [ctypes.string_at(*array) for array in zip(addresses, sizes)]
+        find = sequence_arrays if name.startswith("ntm_sequence") else operator_arrays
+        scalars, arrays = find(name, values)
+        arrays = [(role, address, like.element_size() * count) for role, count, address in arrays]
+        before = [ctypes.string_at(*place) if role != "out" else b"" for role, *place in arrays]
         self.call(name, like, *values)
-        after = [ctypes.string_at(*array) for array in zip(addresses, sizes)]
+        # What comes in shall stay; what goes out may be recorded at the same place, if the trail was good for one use.
+        after = [was if role == "in" else ctypes.string_at(*place) for was, (role, *place) in zip(before, arrays)]
         words = [name, os.environ["NTM_HOST_SHARED"], int(like.dtype is torch.float64), len(scalars)]
-        words += [*map(float, scalars), len(inputs), *sizes[: len(inputs)], len(outputs), *sizes[len(inputs) :]]
+        words += [*map(float, scalars), len(arrays), *(word for role, _, size in arrays for word in (role, size))]
         with self.path.open("ab") as file:
             file.write(f"{' '.join(map(str, words))}\n".encode())
-            file.write(b"".join([*before[: len(inputs)], *after[len(inputs) :]]))
+            file.write(b"".join(piece for pair in zip(before, after) for piece in pair))
+
+
+Array = tuple[str, int, int]  # "in", "out" or "both", how many numbers, where
+
+
+def operator_arrays(name: str, values: tuple) -> tuple[tuple, list[Array]]:
+    """Of a call's values, the sizes and options, and the arrays."""
+    op = ops._BY_NAME[name.removesuffix("_backward")]
+    dims = dict(zip(op.sizes, values))
+    if op.derived:
+        dims |= op.derived(dims, *([dims["K"] // 2] if op.options else []))
+    inputs, outputs = list(op.inputs.values()), list(op.outputs.values())
+    if name != op.name:
+        inputs, outputs = [*inputs, *(op.outputs[saved] for saved in op.saved), *outputs], inputs
+    letters = inputs + outputs
+    counts = [math.prod(dims[letter] for letter in own) for own in letters]
+    roles = ["in"] * len(inputs) + ["out"] * len(outputs)
+    return values[: -len(letters)], list(zip(roles, counts, values[-len(letters) :]))
+
+
+def sequence_arrays(name: str, values: tuple) -> tuple[tuple, list[Array]]:
+    """The same of a whole sequence, whose parameters csrc/core/sequence.h describes."""
+    T, B, I, L, H, gru, _, R, W, N, M, K, every = values[:13]
+    G, F, P = (3 if gru else 4) * H, R * M, (R + W) * (M + K + 3) + 2 * W * M
+    forward = name == "ntm_sequence"
+    scalars = values[: 19 if forward else 18]
+    keep = not forward or scalars[-1]
+    state = [B * M * N, B * R * N, B * W * N, B * F, L * B * H, 0 if gru else L * B * H]
+    kept = [(L - 1) * T * B * G, L * T * B * G * gru, (L - 1) * T * B * H, L * T * B * H * (not gru), T * B * P]
+    kept_after = [T * B * R * N, T * B * W * N, (T - 1) // every * B * M * N]
+    x, features = T * B * G, T * B * (H + F)
+    trail = [x, *(n * keep for n in kept), features, *(n * keep for n in kept_after)]
+    layer = lambda l: [G * ((F if not l else H) + (0 if l else I)), G * H, G, G]  # noqa: E731
+    weights = [n for l in range(L) for n in layer(l)] + [P * H, P]
+    table = ctypes.cast(values[len(scalars)], ctypes.POINTER(ctypes.c_uint64))
+    if forward:
+        roles = ["in"] * (1 + len(state)) + ["out"] * len(state) + ["both" if keep else "in", *["out"] * (len(trail) - 1)]
+        counts = [T * B * I, *state, *state, *trail]
+    else:
+        counts = [*state, state[0], *trail, features, *state]
+        roles = ["in"] * len(counts) + ["out"] * (len(state) + 4)
+        counts += [*state, x, kept[0], kept[1], kept[4]]
+    addresses = [*(table[i] for i in range(len(weights))), *values[len(scalars) + 1 :]]
+    arrays = list(zip(["in"] * len(weights) + roles, weights + counts, addresses))
+    assert len(arrays) == len(addresses) == len(weights) + len(counts)
+    return scalars, arrays
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +210,25 @@ def recorded(tmp_path_factory) -> dict[str, Path]:
                 for options in ({}, READ_FIRST) if op == "memory_step" else ({},):
                     check(Case(op, dtype=dtype, **sizes, **options), CUDA_ON_HOST)
     return files
+
+
+@pytest.fixture(scope="module")
+def recorded_sequences(tmp_path_factory) -> list[Path]:
+    """The same of whole sequences: for each case a file of three calls, forward, back, and forward keeping nothing."""
+    need("plain")
+    folder = tmp_path_factory.mktemp("calls")
+    paths = []
+    for index, (sizes, dtype, shared) in enumerate(SEQUENCE_CASES):
+        paths.append(folder / str(index))
+        with pytest.MonkeyPatch.context() as patch:
+            CUDA_ON_HOST.activate(patch)
+            patch.setattr(_native, "call", Recorder(paths[-1]))
+            patch.setenv("NTM_HOST_SHARED", str(shared))
+            case = test_sequence.Case(dtype=dtype, **sizes)
+            test_sequence.check(case, CUDA_ON_HOST, test_sequence.Poison())
+            with torch.no_grad():
+                case.module("sequence")(case.inputs(), case.state())
+    return paths
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +263,13 @@ def replay(program: Path, calls: list[Path], fault: str | None = None) -> list[O
     outcomes = []
     for text in printed.split("call ")[1:]:
         team = re.search(r"for_each_item<ntm::cuda::(Warp|Block)<\w+(?:, (true|false))?>", text)
-        assert team, f"no kernel was launched:\n{text}"
-        way = {"Warp": "warps", "true": "block", "false": "unstaged"}[team[2] or team[1]]
-        way = "workspace" if "workspace of" in text else way
+        tile = re.search(r"through_time<ntm::cuda::\w+<\w+>, (true|false)", text)
+        assert team or tile, f"no kernel was launched:\n{text}"
+        if tile:
+            way = {"true": "held", "false": "in place"}[tile[1]]
+        else:
+            way = {"Warp": "warps", "true": "block", "false": "unstaged"}[team[2] or team[1]]
+            way = "workspace" if "workspace of" in text else way
         outcomes.append(Outcome(text.split()[0], way, "\nright\n" in text, text))
     assert "that was all" in printed, printed[-5000:]
     assert (code == 0) == all(outcome.right for outcome in outcomes), f"exit code {code}:\n{printed}"
@@ -236,6 +311,17 @@ def test_every_kernel_is_clean(recorded, programs, kind: str) -> None:
     for outcome in outcomes:
         assert outcome.right, outcome.printed
     assert {(outcome.kernel, outcome.way) for outcome in outcomes} == WAYS
+
+
+SEQUENCES = {(f"{SEQUENCE}{direction}", way) for direction in ("", "_backward") for way in ("held", "in place")}
+
+
+@pytest.mark.parametrize("kind", ("address", "thread"))
+def test_sequences_are_clean(recorded_sequences, programs, kind: str) -> None:
+    outcomes = replay(programs(kind), recorded_sequences)
+    for outcome in outcomes:
+        assert outcome.right, outcome.printed
+    assert {(outcome.kernel, outcome.way) for outcome in outcomes} == SEQUENCES
 
 
 # --- planted faults ---------------------------------------------------------------------------------------------------
@@ -287,14 +373,44 @@ def test_planted_faults_are_found(recorded, programs, name: str) -> None:
         assert fault.words in outcome.printed, outcome.printed
 
 
+class SequenceFault(NamedTuple):
+    kind: str
+    words: str
+    where: Callable[[str], bool] = lambda kernel: True  # in whichever way it runs
+
+
+SEQUENCE_FAULTS = {
+    "no barrier of a tile": SequenceFault("thread", "data race"),
+    "no barrier of a group": SequenceFault("thread", "data race"),
+    "half a group in its barrier": SequenceFault("address", "divergent"),
+    "groups share": SequenceFault("thread", "data race"),
+    "blocks share segments": SequenceFault("thread", "data race", lambda k: k.endswith("backward")),
+    "a whole tile at the end": SequenceFault("address", ""),
+    "too little room": SequenceFault("address", "use-after-poison", lambda k: k.endswith("backward")),  # for segments
+    "too little is shared": SequenceFault("address", "use-after-poison"),
+    "a column lost": SequenceFault("address", "other numbers"),
+    "a weight lost": SequenceFault("address", "other numbers"),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCE_FAULTS)
+def test_faults_planted_in_sequences_are_found(recorded_sequences, programs, name: str) -> None:
+    fault = SEQUENCE_FAULTS[name]
+    wrong = [outcome for outcome in replay(programs(fault.kind), recorded_sequences, name) if not outcome.right]
+    assert {(outcome.kernel, outcome.way) for outcome in wrong} == {ways for ways in SEQUENCES if fault.where(ways[0])}
+    for outcome in wrong:
+        assert fault.words in outcome.printed, outcome.printed
+
+
 @pytest.mark.parametrize("name", plant.BARRIERS)
-def test_every_barrier_of_the_operators_is_needed(recorded, programs, name: str) -> None:
+def test_every_barrier_is_needed(recorded, recorded_sequences, programs, name: str) -> None:
     file, _ = plant.BARRIERS[name]
     operator = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.split()[0].removesuffix("Backward")).lower()
     operator = {"core/shift.h": "circular_shift", "core/element.h": operator}.get(file, "memory_step")
-    wrong = [outcome for outcome in replay(programs("thread"), [recorded[operator]], name) if not outcome.right]
+    calls = recorded_sequences[:2] if file == "core/sequence.h" else [recorded[operator]]
+    wrong = [outcome for outcome in replay(programs("thread"), calls, name) if not outcome.right]
     assert wrong and all("data race" in outcome.printed for outcome in wrong)
 
 
 def test_every_planted_fault_is_tested() -> None:
-    assert {*FAULTS, *plant.BARRIERS} == {*plant.FAULTS}
+    assert {*FAULTS, *SEQUENCE_FAULTS, *plant.BARRIERS} == {*plant.FAULTS}

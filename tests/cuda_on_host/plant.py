@@ -21,13 +21,26 @@ SITES = [
         "{ __syncwarp(); }",
         '{ if (!PLANTED("no __syncwarp") && !(PLANTED("half a warp in __syncwarp") && rank() < 16)) __syncwarp(); }',
     ),
-    ("cuda/team.h", "sync();\n            this->each(", 'if (!PLANTED("no barrier in rows")) sync();\n this->each('),
-    ("cuda/team.h", "sync();\n        x = place[0];", 'if (!PLANTED("no barrier in sums")) sync();\n x = place[0];'),
+    (
+        "cuda/team.h",
+        "self().sync();\n            this->each(",
+        'if (!PLANTED("no barrier in rows")) self().sync();\n this->each(',
+    ),
+    (
+        "cuda/team.h",
+        "self().sync();\n        x = place[0];",
+        'if (!PLANTED("no barrier in sums")) self().sync();\n x = place[0];',
+    ),
     ("cuda/launch.h", "team.sync();", 'if (!PLANTED("no barrier between items")) team.sync();'),
     (
         "cuda/team.h",
         "x = f(x, __shfl_xor_sync(",
         'if (!PLANTED("half a warp in a shuffle") || threadIdx.x % 32 < 16) x = f(x, __shfl_xor_sync(',
+    ),
+    (
+        "cuda/team.h",
+        "{ sums[0][s] = x[0][s] + __shfl_xor_sync(",
+        '{ if (!PLANTED("half a warp in a shuffle") || threadIdx.x % 32 < 16) sums[0][s] = x[0][s] + __shfl_xor_sync(',
     ),
     (
         "cuda/team.h",
@@ -41,25 +54,49 @@ SITES = [
         'if (begin + i * stride < n - PLANTED("last element unwritten")) p[',
     ),
     ("cuda/team.h", "if (self().rank() == 0) f();", 'if (self().rank() == -PLANTED("number unwritten")) f();'),
-    ("cuda/team.h", "if (lane < part.count) then", 'if (lane < part.count - PLANTED("row unwritten")) then'),
+    ("cuda/team.h", "if (row >= 0) unroll", 'if (row >= PLANTED("row unwritten")) unroll'),
     ("cuda/team.h", "each(n - vectors * numbers, ", 'each(n - vectors * numbers - PLANTED("copy one short"), '),
     ("cuda/launch.h", "own * scratch}", '(own + PLANTED("scratch one too far")) * scratch}'),
+    (
+        "cuda/team.h",
+        "{ __barrier_sync_count(",
+        '{ if (!PLANTED("no barrier of a group") && !(PLANTED("half a group in its barrier") && rank() < threads / 2)) '
+        "__barrier_sync_count(",
+    ),
+    ("cuda/sequence.cu", "{ __syncthreads(); }", '{ if (!PLANTED("no barrier of a tile")) __syncthreads(); }'),
+    ("cuda/sequence.cu", "+ index * exchange_room(group)", '+ index * !PLANTED("groups share") * exchange_room(group)'),
+    (
+        "cuda/sequence.cu",
+        "E = smaller(elements,",
+        'E = PLANTED("a whole tile at the end") ? elements : smaller(elements,',
+    ),
+    ("cuda/sequence.cu", "segments + first *", 'segments + first * !PLANTED("blocks share segments") *'),
+    (
+        "cuda/sequence.cu",
+        "packed.end - workspace + segments",
+        'packed.end - workspace + segments - (segments && PLANTED("too little room"))',
+    ),
+    (
+        "cuda/sequence.cu",
+        "plan.threads, plan.shared,",
+        'plan.threads, plan.shared - PLANTED("too little is shared") * 64,',
+    ),
+    ("cuda/product.h", "if (e < E && c < C) out", 'if (e < E && c < C - PLANTED("a column lost")) out'),
+    ("cuda/product.h", "if (output < p.outputs &&", 'if (output < p.outputs - PLANTED("a weight lost") &&'),
     ("cuda/plan.h", "few * d.unstaged * d.real}", '(few - PLANTED("workspace too small")) * d.unstaged * d.real}'),
 ]
 
 
 def _barriers() -> dict[str, tuple[str, int]]:
-    """Every team.sync() of what the operators do: its name, after what it stands in, and its file and line."""
+    """Every sync() of what the operators do: its name, after what it stands in, and its file and line."""
     found: dict[str, tuple[str, int]] = {}
     for path in sorted(build.CSRC.glob("core/*.h")):
-        if path.name == "sequence.h":  # not served on CUDA yet
-            continue
         inside, count = "", 0
         for number, line in enumerate(path.read_text().splitlines()):
             begins = re.match(r"struct (\w+)|\s*NTM_FN [^(]*?(?!operator)(\w+)\(const Team& team", line)
             if begins:
                 inside, count = begins[1] or begins[2], 0
-            if line.strip() == "team.sync();":
+            if line.strip() in ("team.sync();", "own.sync();"):
                 count += 1
                 assert f"{inside} {count}" not in found
                 found[f"{inside} {count}"] = (f"core/{path.name}", number)
@@ -79,7 +116,7 @@ def plant(copy: Path) -> None:
     shutil.copytree(build.CSRC, copy)
     for name, (file, number) in BARRIERS.items():
         lines = (copy / file).read_text().splitlines(keepends=True)
-        lines[number] = lines[number].replace("team.sync();", f"if (!{_numbered(name)}) team.sync();")
+        lines[number] = re.sub(r"\b(?=\w+\.sync\(\);)", f"if (!{_numbered(name)}) ", lines[number])
         (copy / file).write_text("".join(lines))
     for file, right, wrong in SITES:
         text = (copy / file).read_text()

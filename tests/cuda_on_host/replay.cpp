@@ -3,7 +3,8 @@
 // allocation of its own, outputs and workspace full of NaN, so that AddressSanitizer sees who leaves it.
 //
 // A record is a line of the operator, the device's shared memory, whether in double, the count of sizes and options and
-// each of them, the count of inputs and the bytes of each, and the same of outputs; then the bytes, end to end.
+// each of them, the count of arrays, and of each whether it comes "in", goes "out" or is "both" and its bytes; then these
+// bytes, end to end: of each array what it held before, unless it only goes out, and what it held after.
 #include <cuda_runtime.h>
 #include <sanitizer/asan_interface.h>
 
@@ -37,7 +38,7 @@ Room make_room(std::size_t bytes) {
 }
 
 struct Array {
-    std::string recorded;
+    std::string role, before, after;
     Room room;
 };
 
@@ -45,45 +46,82 @@ struct Call {
     std::string name, shared;
     bool is_double;
     std::vector<double> scalars;
-    std::vector<Array> arrays;  // inputs, then outputs
-    std::size_t inputs, next_scalar = 0, next_array = 0;
+    std::vector<Array> arrays;
+    std::size_t next_scalar = 0, next_array = 0;
+    std::vector<const void*> weights = {};  // a sequence's
+    Size layers = 0;
 
     bool read(std::istream& file) {
         std::string line;
         if (!std::getline(file, line)) return false;
         std::istringstream words(line);
-        std::size_t count, outputs;
+        std::size_t count, bytes;
         words >> name >> shared >> is_double >> count;
         for (std::string word; scalars.size() < count && words >> word;)
             scalars.push_back(std::strtod(word.c_str(), nullptr));
-        auto sized = [&](std::size_t& how_many) {
-            words >> how_many;
-            for (std::size_t i = 0, bytes; i < how_many && words >> bytes; ++i)
-                arrays.push_back({std::string(bytes, 0), make_room(bytes)});
-        };
-        sized(inputs);
-        sized(outputs);
-        for (Array& array : arrays) file.read(array.recorded.data(), array.recorded.size());
-        for (std::size_t i = 0; i < inputs; ++i)
-            std::memcpy(arrays[i].room.get(), arrays[i].recorded.data(), arrays[i].recorded.size());
+        words >> count;
+        for (std::string role; arrays.size() < count && words >> role >> bytes;)
+            arrays.push_back({role, std::string(bytes, 0), std::string(bytes, 0), make_room(bytes)});
+        for (Array& array : arrays) {
+            if (array.role != "out") {
+                file.read(array.before.data(), array.before.size());
+                std::memcpy(array.room.get(), array.before.data(), array.before.size());
+            }
+            file.read(array.after.data(), array.after.size());
+        }
         return true;
     }
-    // Also of the inputs: nobody may change them.
+    // Also what only comes in: nobody may change it.
     bool as_recorded() const {
         for (const Array& array : arrays)
-            if (std::memcmp(array.room.get(), array.recorded.data(), array.recorded.size()) != 0) return false;
+            if (std::memcmp(array.room.get(), array.after.data(), array.after.size()) != 0) return false;
         return true;
     }
 };
 
 // An entry's parameters in their order, as in csrc/binding.cpp
 template <class T>
+T take(Call& call);
+
+template <class Struct, class... Members>
+Struct take_members(Call& call) {
+    return {take<Members>(call)...};  // braces: from left to right
+}
+template <class T>
+constexpr bool is_state = false;
+template <class T>
+constexpr bool is_state<SequenceState<T>> = true;
+template <class T>
+constexpr bool is_trail = false;
+template <class T>
+constexpr bool is_trail<SequenceTrail<T>> = true;
+template <class T>
+constexpr bool is_grads = false;
+template <class T>
+constexpr bool is_grads<SequenceGrads<T>> = true;
+
+template <class T>
 T take(Call& call) {
     if constexpr (std::is_same_v<T, StepSizes>) {
-        return {take<Size>(call), take<Size>(call), take<Size>(call),
-                take<Size>(call), take<Size>(call), take<Size>(call)};
+        return take_members<T, Size, Index, Index, Index, Index, Index>(call);
     } else if constexpr (std::is_same_v<T, StepOptions>) {
-        return {take<int>(call), take<int>(call), take<int>(call), take<double>(call), take<double>(call)};
+        return take_members<T, int, int, int, double, double>(call);
+    } else if constexpr (std::is_same_v<T, SequenceSizes>) {
+        const T s = take_members<T, Index, Size, Index, Index, Index, int, StepSizes, Index>(call);
+        call.layers = s.L;
+        return s;
+    } else if constexpr (is_state<T>) {
+        using P = decltype(T::memory);
+        return take_members<T, P, P, P, P, P, P>(call);
+    } else if constexpr (is_trail<T>) {
+        using P = decltype(T::memory);
+        return take_members<T, P, P, P, P, P, P, P, P, P, P>(call);
+    } else if constexpr (is_grads<T>) {
+        using P = decltype(T::x);
+        return take_members<T, P, P, P, P>(call);
+    } else if constexpr (std::is_same_v<T, const float* const*> || std::is_same_v<T, const double* const*>) {
+        for (Size i = 0; i < 4 * call.layers + 2; ++i) call.weights.push_back(take<const void*>(call));
+        return reinterpret_cast<T>(call.weights.data());
     } else if constexpr (std::is_pointer_v<T>) {
         return reinterpret_cast<T>(call.arrays[call.next_array++].room.get());
     } else {
@@ -126,6 +164,7 @@ Error run(const Operators<T>& table, Call& call) {
     entry("memory_step", table.memory_step, table.memory_step_backward);
     entry("lstm_gates", table.lstm_gates, table.lstm_gates_backward);
     entry("gru_gates", table.gru_gates, table.gru_gates_backward);
+    entry("ntm_sequence", table.ntm_sequence, table.ntm_sequence_backward);
     return known ? error : "no such operator";
 }
 
