@@ -25,7 +25,9 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
 LIMITS = {"sm_80": (64, 32), "sm_90": (64, 32), "sm_120": (48, 24)}
 REGISTERS, GRANULE, PARTITIONS = 64 << 10, 256, 4  # alike in all of them; a warp gets whole granules of one partition
 BLOCK = 4  # warps: of a block of single warps, and of the block that 128 locations get
-TEAMS = {"Warp": "warp", "Block true": "block", "Block false": "block, unstaged"}
+TEAMS = {"Warp": "warp", "Block true": "block", "Block false": "block, unstaged", "grid": "grid"}
+TILES = {"true": "tile", "false": "tile, memories in place"}  # of a sequence's elements
+TILE_BLOCK = {"float32": 16, "float64": 8}  # warps, in csrc/cuda/plan.h
 DTYPES = {"float": "float32", "double": "float64"}
 
 
@@ -35,7 +37,11 @@ class Kernel(NamedTuple):
     team: str  # of threads, for one element: see csrc/cuda/plan.h
 
     def serves_standard_shapes(self) -> bool:
-        return self.dtype == "float32" and self.team != "block, unstaged"
+        return self.dtype == "float32" and self.team not in ("block, unstaged", "tile, memories in place")
+
+    def block(self) -> int:
+        """Warps of a block."""
+        return TILE_BLOCK[self.dtype] if self.team.startswith("tile") else BLOCK
 
 
 class Usage(NamedTuple):
@@ -45,12 +51,12 @@ class Usage(NamedTuple):
     spill_loads: int
     shared: int  # known to the compiler; most is asked for at launch
 
-    def warps(self, architecture: str) -> int:
-        """Resident on a multiprocessor, as far as registers and threads allow."""
+    def warps(self, architecture: str, block: int = BLOCK) -> int:
+        """Resident on a multiprocessor, as far as registers and threads allow, in blocks of so many."""
         most_warps, most_blocks = LIMITS[architecture]
         of_a_warp = -(-32 * self.registers // GRANULE) * GRANULE
         by_registers = REGISTERS // PARTITIONS // of_a_warp * PARTITIONS
-        return min(by_registers // BLOCK, most_warps // BLOCK, most_blocks) * BLOCK
+        return min(by_registers // block, most_warps // block, most_blocks) * block
 
 
 Usages = dict[Kernel, dict[str, Usage]]  # by architecture
@@ -116,7 +122,15 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def kernel_of(name: str) -> Kernel:
-    """``void ntm::cuda::for_each_item<ntm::cuda::Block<float, true>, ntm::Read<float>, float>(...)``"""
+    """``void ntm::cuda::for_each_item<ntm::cuda::Block<float, true>, ntm::Read<float>, float>(...)``
+
+    or ``through_time<ntm::cuda::SequenceForward<float>, true, float>``, ``pack_layer<float>``
+    """
+    if tile := re.search(r"through_time<ntm::cuda::(\w+)<(\w+)>, (\w+)", name):
+        operator, dtype, holds = tile.groups()
+        return Kernel(operator, DTYPES[dtype], TILES[holds])
+    if packing := re.search(r"ntm::cuda::pack_layer<(\w+)>", name):
+        return Kernel("PackedLayer", DTYPES[packing[1]], "grid")
     parts = re.search(r"for_each_item<ntm::cuda::(\w+)<(\w+)(?:, (\w+))?>, ntm::(\w+)<", name)
     if not parts:
         raise ValueError(f"kernel {name}: not one that kernel_of knows how to read")
@@ -150,7 +164,8 @@ def page(found: Usages, nvcc: str) -> str:
         "",
         "For each architecture: registers of a thread, and in brackets the warps that can be resident on a "
         f"multiprocessor as far as registers and threads allow, in blocks of {32 * BLOCK} threads, which 128 locations "
-        "get. Shared memory is asked for at launch and may allow fewer (`csrc/cuda/plan.h`, which counts on "
+        f"get, of a tile of {32 * TILE_BLOCK['float32']} (float64: {32 * TILE_BLOCK['float64']}). Shared memory is "
+        "asked for at launch and may allow fewer (`csrc/cuda/plan.h`, which counts on "
         f"{resident_warps()} of the kernels of a warp); what the compiler fixed of it, like stack and spills, is in "
         "bytes, the worst of the architectures.",
         "",
@@ -165,7 +180,7 @@ def page(found: Usages, nvcc: str) -> str:
     ]
     for kernel, by_architecture in found.items():
         each = [by_architecture[one] for one in ARCHITECTURES]
-        cells = [f"{usage.registers} ({usage.warps(one)})" for one, usage in zip(ARCHITECTURES, each)]
+        cells = [f"{usage.registers} ({usage.warps(one, kernel.block())})" for one, usage in zip(ARCHITECTURES, each)]
         worst = Usage(*(max(values) for values in zip(*each)))
         lines.append(
             f"| `{kernel.operator}` | {kernel.dtype} | {kernel.team} | {' | '.join(cells)} | {worst.stack} | "
@@ -175,7 +190,7 @@ def page(found: Usages, nvcc: str) -> str:
 
 
 def counts(found: Usages) -> dict[str, int]:
-    return {team: sum(kernel.team == team for kernel in found) for team in TEAMS.values()}
+    return {team: sum(kernel.team == team for kernel in found) for team in (*TEAMS.values(), *TILES.values())}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -37,6 +37,7 @@ def found(folder) -> kernel_report.Usages:
 
 def test_every_operator_has_its_kernels(found):
     wanted = {op.name.replace("_", "") + direction for op in ops._OPERATORS for direction in ("", "backward")}
+    wanted |= {"sequenceforward", "sequencebackward", "packedlayer"}
     for dtype in ("float32", "float64"):
         assert {kernel.operator.lower() for kernel in found if kernel.dtype == dtype} == wanted
     assert {kernel.operator.lower() for kernel in found if kernel.serves_standard_shapes()} == wanted
@@ -44,6 +45,12 @@ def test_every_operator_has_its_kernels(found):
 
 def test_no_local_memory_and_room_for_the_warps_that_the_plan_counts_on(found):
     assert kernel_report.problems(found) == []
+
+
+def test_a_tile_of_a_sequence_has_the_registers_that_its_block_needs(found):
+    for kernel, by_architecture in found.items():
+        for one in kernel_report.ARCHITECTURES if kernel.team.startswith("tile") else ():
+            assert by_architecture[one].warps(one, kernel.block()) >= kernel.block()
 
 
 def test_the_page_is_what_was_built(found, folder):
@@ -78,6 +85,29 @@ def test_problems_are_found(change: dict) -> None:
         assert architecture in problem and "Read" in problem
         # Those that serve sizes beyond the standard ones, and float64, may be slow.
         assert not kernel_report.problems({Kernel("Read", "float64", "block, unstaged"): usages})
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "warps"),
+    [
+        ("for_each_item<ntm::cuda::Warp<float>, ntm::Read<float>, float>(", Kernel("Read", "float32", "warp"), 4),
+        (
+            "through_time<ntm::cuda::SequenceBackward<double>, false, double>(",
+            Kernel("SequenceBackward", "float64", "tile, memories in place"),
+            8,
+        ),
+        (
+            "through_time<ntm::cuda::SequenceForward<float>, true, float>(",
+            Kernel("SequenceForward", "float32", "tile"),
+            16,
+        ),
+        ("pack_layer<float>(", Kernel("PackedLayer", "float32", "grid"), 4),
+    ],
+    ids=lambda value: str(value).split("<")[0],
+)
+def test_names_of_kernels(name: str, kernel: Kernel, warps: int) -> None:
+    assert kernel_report.kernel_of(f"void ntm::cuda::{name}...)") == kernel
+    assert kernel.block() == warps
 
 
 NAME = "_ZN3ntm4cuda13for_each_itemINS0_4WarpIfEENS_4ReadIfEEfEEvT0_llPT1_"
