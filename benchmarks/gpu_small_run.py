@@ -21,6 +21,8 @@ SIZES = (
     Sizes(1, 1024, 100),  # a memory that shared memory cannot hold
     Sizes(1, 16384, 2),  # nor what is computed on the way
 )
+# A sequence to a block, and on a GPU of fewer than 150 multiprocessors two.
+STEPS = (("lstm", "step", 2), ("lstm", "sequence", 2), ("gru", "sequence", 150))
 
 
 def main(device: str) -> int:
@@ -33,11 +35,11 @@ def main(device: str) -> int:
                     there = host._replace(tensors=[tensor.to(device) for tensor in host.tensors])
                     host.check(tuple(result.to("cpu") for result in there()))
             print(f"{len(OPERATORS)} operators, {dtype}, {sizes}", flush=True)
-    batch = copy_batch(2, steps=5)
-    wanted = answers(make("lstm", "reference"), batch)
-    found = answers(make("lstm", "step").to(device), copy_batch(2, steps=5, device=device))
-    compare("step", {name: tensor.to("cpu") for name, tensor in found.items()}, wanted)
-    print("a training step", flush=True)
+    for controller, engine, B in STEPS:
+        wanted = answers(make(controller, "reference"), copy_batch(B, steps=5))
+        found = answers(make(controller, engine).to(device), copy_batch(B, steps=5, device=device))
+        compare(engine, {name: tensor.to("cpu") for name, tensor in found.items()}, wanted)
+        print(f"a training step of {B} sequences: {controller}, engine {engine}", flush=True)
     return 0
 
 
