@@ -157,8 +157,9 @@ struct Operators {
 // Indices within one element are 32 bit: what an element touches must be counted with them, and eight of them for a tile.
 constexpr Size most_numbers = std::numeric_limits<Index>::max() / 2;
 constexpr Error too_large = "ntm_fast: one element of the batch is too large for the native kernels";
-constexpr bool is_too_large(const SequenceSizes& s) {
+constexpr bool is_too_large(const SequenceSizes& s, bool backward) {
     return 8 * (s.step.R + s.step.W) * s.memory() > most_numbers ||
+           (backward && sequence_segment(s, 8) > most_numbers) ||
            Size(8) * (s.I + s.gates() + s.widest() + s.step.params()) > most_numbers;
 }
 

@@ -6,6 +6,7 @@ one CPU variant, NTM_CPU=off none.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -184,6 +185,7 @@ def _no_device(architectures: str) -> str | None:
 _PARTS = {"cpu": _cpu, "cuda": _cuda}
 _reasons: dict[tuple[str, bool, str], str | None] = {}
 _refusals: dict[tuple, str | None] = {}
+_DEVICE_FAILED = "ntm_fast: kernel "  # so begins what csrc/cuda/launch.h says of CUDA's own errors
 _warned: set[str] = set()
 _POOLED = 1 << 15  # numbers from which, about, the C library asks the system
 
@@ -236,6 +238,9 @@ def refusal(operator: str, device_type: str, index: int | None, is_double: bool,
         try:
             function(_PARTS[device_type]().id, is_double, 0, index or 0, 0, 0, ctypes.addressof(needed), *values)
         except RuntimeError as error:
+            if _DEVICE_FAILED in str(error):  # which says nothing of the sizes
+                del _refusals[key]
+                raise
             _refusals[key] = str(error)
     return _refusals[key]
 
@@ -243,6 +248,13 @@ def refusal(operator: str, device_type: str, index: int | None, is_double: bool,
 def limited(device_type: str) -> bool:
     """Whether the native part for such devices runs in shared memory, whose limit sizes can meet."""
     return device_type in _PARTS and _PARTS[device_type]().cuda
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """For a backward, which may be called in autocast: what goes to native kernels must be what they take it for."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def step_sizes(

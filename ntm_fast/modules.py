@@ -286,8 +286,8 @@ class FastNTM(_NTM):
             ``"auto"``, the fastest that can serve: on CUDA with a ``hidden_size`` of more than 256 that is ``"step"``.
             A forced engine that cannot serve raises a ``RuntimeError`` with the reason.
         memory_checkpoint: of the sequence engine in training: ``"all"`` keeps the memory of every step for backward, a
-            number K that of every K-th step, and writes those between again. ``"auto"``: all of them up to 2 MB,
-            beyond that every sqrt(T)-th, which is then the faster choice too.
+            number K that of every K-th step, and writes those between again. ``"auto"``: all of them up to 2 MB (on
+            CUDA 4 GB), beyond that every sqrt(T)-th, which on a CPU is then the faster choice too.
 
     Shapes: inputs (T, B, I), (B, T, I) with ``batch_first``, or unbatched (T, I). Outputs likewise with O features;
     they are logits. States are described in :class:`NTMState`.

@@ -337,7 +337,8 @@ class _Sequence(torch.autograd.Function):
         if torch.is_grad_enabled():
             twin = functools.partial(ops.flat_sequence, **ctx.options)
             return None, None, *ops.grads_through(twin, tensors, grads)
-        found = ctx.tape.backward(ctx.needs_input_grad[2], outputs, grads)
+        with _native.without_autocast(saved[0].device.type):  # backward may be called in autocast
+            found = ctx.tape.backward(ctx.needs_input_grad[2], outputs, grads)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.tape = None  # as saved tensors are, rather than when the last output goes
         return None, None, *found

@@ -211,11 +211,10 @@ def forward(
     table = _table(weights)
     features, final, trail = allocate(plan, inputs)
     (inputs,) = _contiguous([inputs])
-    gates, x = (plan.T, plan.B, plan.G), None
-    if _native.limited(inputs.device.type):
-        x = (inputs.view(-1, plan.I) @ weights[0][:, : plan.I].t()).view(gates)
-    elif keep:
-        x = _empty(inputs, gates)
+    multiplies = _native.limited(inputs.device.type)  # here, what the CPU's loop multiplies itself
+    x = _empty(inputs, (plan.T, plan.B, plan.G)) if keep or multiplies else None
+    if multiplies:
+        torch.mm(inputs.view(-1, plan.I), weights[0][:, : plan.I].t(), out=x.view(-1, plan.G))
     kept = [tensor.data_ptr() for tensor in trail] if keep else [0] * (len(Trail._fields) - 1)
     _native.call(
         "ntm_sequence",
@@ -303,25 +302,26 @@ def backward(
         *grad_addresses,
     )
 
-    if _native.why_not(inputs.device.type, inputs.dtype is torch.float64, "ntm_sequence_weight_gradients") is None:
-        grad_weights = [_empty(inputs, weight.shape) for weight in weights]
-        (inputs,), grad_table = _contiguous([inputs]), _table(grad_weights)
-        _native.call(
-            "ntm_sequence_weight_gradients",
-            inputs,
-            *plan.scalars[:-5],  # the sizes
-            inputs.data_ptr(),
-            *initial_addresses,
-            *trail_addresses,
-            *grad_addresses,
-            grad_table.buffer_info()[0],
-        )
-    else:
-        grad_weights = weight_gradients(plan, inputs, reads, state[0], features, trail.hidden, *of_gates)
-    grad_memory, *grad_rest = grad
-    found = [grad_memory.transpose(1, 2), *grad_rest, *grad_weights]
-    if needs_inputs:
-        found.append((grad_x.view(T * B, G) @ weights[0][:, :I]).view(T, B, I))
+    with _native.without_autocast(inputs.device.type):
+        if _native.why_not(inputs.device.type, inputs.dtype is torch.float64, "ntm_sequence_weight_gradients") is None:
+            grad_weights = [_empty(inputs, weight.shape) for weight in weights]
+            (inputs,), grad_table = _contiguous([inputs]), _table(grad_weights)
+            _native.call(
+                "ntm_sequence_weight_gradients",
+                inputs,
+                *plan.scalars[:-5],  # the sizes
+                inputs.data_ptr(),
+                *initial_addresses,
+                *trail_addresses,
+                *grad_addresses,
+                grad_table.buffer_info()[0],
+            )
+        else:
+            grad_weights = weight_gradients(plan, inputs, reads, state[0], features, trail.hidden, *of_gates)
+        grad_memory, *grad_rest = grad
+        found = [grad_memory.transpose(1, 2), *grad_rest, *grad_weights]
+        if needs_inputs:
+            found.append((grad_x.view(T * B, G) @ weights[0][:, :I]).view(T, B, I))
     return found
 
 

@@ -183,7 +183,8 @@ def sequence_arrays(name: str, values: tuple) -> tuple[tuple, list[Array]]:
     weights = [n for l in range(L) for n in layer(l)] + [P * H, P]
     table = ctypes.cast(values[len(scalars)], ctypes.POINTER(ctypes.c_uint64))
     if forward:
-        roles = ["in"] * (1 + len(state)) + ["out"] * len(state) + ["both" if keep else "in", *["out"] * (len(trail) - 1)]
+        roles = ["in"] * (1 + len(state)) + ["out"] * len(state)
+        roles += ["both" if keep else "in", *["out"] * (len(trail) - 1)]
         counts = [T * B * I, *state, *state, *trail]
     else:
         counts = [*state, state[0], *trail, features, *state]

@@ -750,7 +750,13 @@ def test_autocast_takes_all_to_float32(backend: Backend, low: torch.dtype) -> No
     assert outputs.dtype is low and all(x.dtype is torch.float32 for x in named(state).values())
     assert_same_bits(named(state.detach()), named(expected_state), low)
     torch.testing.assert_close(outputs.float(), expected, rtol=0.05, atol=0.05)
-    outputs.float().square().sum().backward()
+    loss = outputs.float().square().sum()
+    grads = torch.autograd.grad(loss, list(ntm.controller.parameters()), retain_graph=True)
+    with torch.autocast(backend.device, dtype=low):  # where it would round what goes to the kernels and to its products
+        again = torch.autograd.grad(loss, list(ntm.controller.parameters()), retain_graph=True)
+    for grad, other in zip(grads, again):
+        torch.testing.assert_close(other, grad, rtol=0.02, atol=0.02 * float(grad.abs().max()))
+    loss.backward()
     assert inputs.grad.dtype is low and all(p.grad.isfinite().all() for p in ntm.parameters() if p.grad is not None)
 
 

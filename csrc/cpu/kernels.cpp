@@ -188,7 +188,7 @@ Error sequence_tiles(const SequenceSizes& s, Size scratch, const Launch& launch,
 template <class T>
 Error ntm_sequence(Launch launch, SequenceSizes s, StepOptions o, int keep, const T* const* weights,
                    const T* inputs, SequenceState<const T> initial, SequenceState<T> final, SequenceTrail<T> trail) {
-    if (is_too_large(s)) return too_large;
+    if (is_too_large(s, false)) return too_large;
     const PackedSequence<T> packed(s, weights, false);
     if (!packed.storage.get()) return out_of_memory;
     const Size scratch = SequenceFrame<T>::scratch(s, std::min(s.B, sequence_tile), keep != 0, in_place);
@@ -202,7 +202,7 @@ Error ntm_sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const
                             SequenceState<const T> initial, const T* final_memory, SequenceTrail<const T> trail,
                             const T* grad_features, SequenceState<const T> grad_final, SequenceState<T> grad,
                             SequenceGrads<T> out) {
-    if (is_too_large(s)) return too_large;
+    if (is_too_large(s, true)) return too_large;
     const PackedSequence<T> packed(s, weights, true);
     if (!packed.storage.get()) return out_of_memory;
     const Size E = std::min(s.B, sequence_tile), scratch = SequenceBackwardFrame<T>::scratch(s, E, in_place);
