@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _native, ops, recurrence, reference
+from . import _native, ops, recurrence, reference, sequence
 from .controllers import Controller, parameters
 from .state import NTMState, NTMTrace
 
@@ -145,7 +145,7 @@ class _NTM(nn.Module):
         """Why the sequence engine cannot serve this machine there; None when it can."""
         memory, heads = (self.memory_locations, self.memory_width), (self.read_heads, self.write_heads)
         sizes = self.num_layers, self.hidden_size, memory, heads, self.shift_range
-        return ops.why_no_sequence(device, dtype, self.controller_type, *sizes)
+        return ops.why_no_sequence(device, dtype, sequence.Machine(self.controller_type, *sizes))
 
     def _choose_engine(self, weight: Tensor) -> str:
         """The engine that serves where ``weight`` is. Raises RuntimeError where a forced one cannot."""

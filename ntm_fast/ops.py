@@ -397,24 +397,12 @@ def why_not_native(device: torch.device, dtype: torch.dtype, name: str = "memory
     return _native.why_not(device.type, dtype is torch.float64, name)
 
 
-def why_no_sequence(
-    device: torch.device,
-    dtype: torch.dtype,
-    controller: str,
-    num_layers: int,
-    hidden_size: int,
-    memory: tuple[int, int],
-    heads: tuple[int, int],
-    shift_range: int,
-) -> str | None:
-    """Why no native :func:`ntm_sequence` takes such a machine, ``memory`` (N, M) and ``heads`` (R, W); None when one
-    does.
-    """
-    if controller == "feedforward":
+def why_no_sequence(device: torch.device, dtype: torch.dtype, machine: sequence.Machine) -> str | None:
+    """Why no native :func:`ntm_sequence` takes such a machine; None when one does."""
+    if machine.controller == "feedforward":
         return "its controllers are LSTM and GRU, not feedforward"
-    sizes = num_layers, hidden_size, memory, heads, shift_range
     return why_not_native(device, dtype, "ntm_sequence") or sequence.why_no_room(
-        device, dtype, controller, *sizes, torch.is_grad_enabled()
+        device, dtype, machine, torch.is_grad_enabled()
     )
 
 
@@ -666,9 +654,9 @@ def ntm_sequence(
             return None  # sizes may be symbols
         layers, _, hidden_size = state[0].shape if state else (1, 0, heads_weight.shape[1])
         heads = read_weights.shape[1], write_weights.shape[1]
-        machine = controller, layers, hidden_size, tuple(memory.shape[1:]), heads, shift_range
+        machine = sequence.Machine(controller, layers, hidden_size, tuple(memory.shape[1:]), heads, shift_range)
         dtype = torch.float64 if heads_weight.dtype is torch.float64 else torch.float32  # autocast takes the rest to it
-        return why_no_sequence(inputs.device, dtype, *machine)
+        return why_no_sequence(inputs.device, dtype, machine)
 
     describe = _sequence_operator if torch.compiler.is_compiling() else _cached_sequence_operator
     return grouped(

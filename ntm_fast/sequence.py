@@ -37,26 +37,26 @@ def kept_every(checkpoint: str | int, steps: int, memory_bytes: int, device_type
     return 1 if steps * memory_bytes <= most else math.isqrt(steps)
 
 
-def why_no_room(
-    device: torch.device,
-    dtype: torch.dtype,
-    controller: str,
-    num_layers: int,
-    hidden_size: int,
-    memory: tuple[int, int],
-    heads: tuple[int, int],
-    shift_range: int,
-    backward: bool,
-) -> str | None:
+class Machine(NamedTuple):
+    """What of a machine decides how much room a sequence takes."""
+
+    controller: str
+    num_layers: int
+    hidden_size: int
+    memory: tuple[int, int]  # N, M
+    heads: tuple[int, int]  # R, W
+    shift_range: int
+
+
+def why_no_room(device: torch.device, dtype: torch.dtype, machine: Machine, backward: bool) -> str | None:
     """Why the device cannot hold a sequence's state where it runs; None when it can, at every length and batch size.
 
-    On CUDA that is the shared memory of a block, of which backward needs more than forward. ``memory`` is (N, M),
-    ``heads`` (R, W).
+    On CUDA that is the shared memory of a block, of which backward needs more than forward.
     """
     if not _native.limited(device.type):
         return None
-    (N, M), (R, W) = memory, heads
-    sizes = 1, 1, 1, num_layers, hidden_size, controller == "gru", 1, R, W, N, M, 2 * shift_range + 1, 1
+    controller, L, H, (N, M), (R, W), shift_range = machine
+    sizes = 1, 1, 1, L, H, controller == "gru", 1, R, W, N, M, 2 * shift_range + 1, 1
     options = _native.step_scalars(False, "tanh", "tanh", None, 1.0)
     if backward:
         name, values = "ntm_sequence_backward", [0] * (1 + 6 + 1 + 10 + 1 + 6 + 6 + 4)
