@@ -760,6 +760,23 @@ def test_autocast_takes_all_to_float32(backend: Backend, low: torch.dtype) -> No
     assert inputs.grad.dtype is low and all(p.grad.isfinite().all() for p in ntm.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("engine", ("sequence", "step"))
+def test_backward_in_autocast_is_that_outside(backend: Backend, engine: str) -> None:
+    """Bit for bit, of a loss that nothing else has a part in: what goes to native kernels is not rounded on its way."""
+    case = Case(layers=2, dtype=torch.float32)
+    ntm = case.module(engine)
+    _, final = ntm(case.inputs(), case.state())
+    loss = final.memory.square().sum() + final.reads.sum()
+    leaves = [*ntm.controller.parameters(), *ntm.heads.parameters()]
+    leaves = [leaf for leaf in leaves if leaf.dim() < 3]  # the initial state was given
+    outside = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        inside = torch.autograd.grad(loss, leaves, allow_unused=True)
+    assert any(grad is not None and grad.abs().max() > 0 for grad in outside)
+    for one, other in zip(outside, inside):
+        assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
+
+
 def test_what_a_block_cannot_hold(monkeypatch) -> None:
     """Where one element's state does not fit in a CUDA block, the step engine serves, and it is told why."""
     backend = usable(CUDA_ON_HOST, monkeypatch)
