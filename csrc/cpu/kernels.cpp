@@ -1,5 +1,6 @@
 // The CPU backend, compiled once per variant: every operator parallel over its items, a thread to each.
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <memory>
 #include <new>
@@ -219,41 +220,70 @@ template <class T>
 Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const T* inputs, SequenceState<const T> initial,
                                     SequenceTrail<const T> trail, SequenceGrads<const T> grads,
                                     T* const* grad_weights) {
-    const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), rows = s.T * B, shares = launch.threads;
-    const Size room = packed_size<T>(gradient_rows, std::max(s.I + F, H));
-    return parallel<T>(shares, rows * G / shares, room, launch, [=](auto team, Size share, T* packed) {
+    const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), rows = s.T * B;
+    const Size shares = launch.threads;
+    auto first_of = [=](Size outputs, Size share) {
+        return std::min(outputs, (outputs + lanes<T> - 1) / lanes<T> * share / shares * lanes<T>);
+    };
+    const Size most = (std::max(G, P) / lanes<T> / shares + 2) * lanes<T>;  // outputs of a thread
+    const Size room = most * (std::max(s.I + F, H) + H + 1);
+    return parallel<T>(shares, rows * G / shares, room, launch, [=](auto team, Size share, T* sums) {
+        const T one = 1;
+        const Columns<T> ones = {&one, 0, 1};  // what a bias is fed
         auto hidden = [&](Size l, Size n) -> Columns<T> {  // a layer's, from row n on
             if (l + 1 < s.L) return {trail.hidden + (l * rows + n) * H, H, H};
             return {trail.features + n * (H + F), H + F, H};
         };
-        for (Size n = 0, end; n < rows; n = end) {
-            const bool early = n < B;  // the first step, whose reads and hidden states before are the initial ones
-            end = std::min(early ? B : rows, n + gradient_rows);
-            auto grow = [&](Size outputs, const T* grad, std::initializer_list<Columns<T>> fed, T* weight, T* bias) {
-                const Size blocks = (outputs + 7) / 8, first = blocks * share / shares * 8;
-                const Size last = std::min(outputs, blocks * (share + 1) / shares * 8);
-                if (n == 0) {
-                    Size columns = 0;
-                    for (const Columns<T>& part : fed) columns += part.count;
-                    clear(team, (last - first) * columns, weight + first * columns);
-                    clear(team, last - first, bias + first);
-                }
-                add_weight_gradient(end - n, first, last, grad + n * outputs, outputs, fed, packed, weight, bias);
-            };
-            T* const* to = grad_weights;
-            for (Size l = 0; l < s.L; ++l, to += 4) {
-                const T* dx = l ? grads.upper_x + (l - 1) * rows * G : grads.x;
-                const Columns<T> reads = {early ? initial.reads + n * F : trail.features + (n - B) * (H + F) + H,
-                                          early ? F : H + F, F};
-                if (l)
-                    grow(G, dx, {hidden(l - 1, n)}, to[0], to[2]);
-                else
-                    grow(G, dx, {{inputs + n * s.I, s.I, s.I}, reads}, to[0], to[2]);
-                const Columns<T> before = early ? Columns<T>{initial.hidden + (l * B + n) * H, H, H} : hidden(l, n - B);
-                grow(G, s.gru ? grads.y + l * rows * G : dx, {before}, to[1], to[3]);
+        auto hidden_before = [&](Size l, Size n) -> Columns<T> {
+            return n < B ? Columns<T>{initial.hidden + (l * B + n) * H, H, H} : hidden(l, n - B);
+        };
+        auto reads_before = [&](Size n) -> Columns<T> {
+            if (n < B) return {initial.reads + n * F, F, F};
+            return {trail.features + (n - B) * (H + F) + H, H + F, F};
+        };
+        struct Target {
+            T* grad;  // [outputs, columns]
+            Size columns;
+        };
+        // The gradients of everything that grad's outputs were fed through, from what fed(n) says it was from row n on.
+        auto gradients = [&](Size outputs, const T* grad, auto fed, std::initializer_list<Target> targets) {
+            const Size first = first_of(outputs, share), count = first_of(outputs, share + 1) - first;
+            Size columns = 0;
+            for (const Target& target : targets) columns += target.columns;
+            std::fill_n(sums, columns * count, T(0));
+            for (Size n = 0, end; n < rows; n = end) {
+                end = std::min(n < B ? B : rows, n + gradient_rows);  // the first step was fed the initial state
+                add_weight_gradient(end - n, count, grad + n * outputs + first, outputs, fed(n), sums);
             }
-            grow(s.step.params(), grads.params, {hidden(s.L - 1, n)}, to[0], to[1]);
+            const T* from = sums;
+            for (const Target& target : targets) {
+                T* to = target.grad + first * target.columns;
+                transpose(target.columns, count, from, count, to, target.columns);
+                from += target.columns * count;
+            }
+        };
+        T* const* to = grad_weights;
+        for (Size l = 0; l < s.L; ++l, to += 4) {
+            const T* dx = l ? grads.upper_x + (l - 1) * rows * G : grads.x;
+            const Size I = l ? H : s.I, R = l ? 0 : F;
+            auto below = [&](Size n) { return l ? hidden(l - 1, n) : Columns<T>{inputs + n * s.I, s.I, s.I}; };
+            auto reads = [&](Size n) { return l ? Columns<T>{} : reads_before(n); };
+            if (s.gru) {
+                using Three = std::array<Columns<T>, 3>;
+                using Two = std::array<Columns<T>, 2>;
+                gradients(G, dx, [&](Size n) { return Three{below(n), reads(n), ones}; }, {{to[0], I + R}, {to[2], 1}});
+                gradients(G, grads.y + l * rows * G, [&](Size n) { return Two{hidden_before(l, n), ones}; },
+                          {{to[1], H}, {to[3], 1}});
+            } else {
+                using Four = std::array<Columns<T>, 4>;
+                gradients(G, dx, [&](Size n) { return Four{below(n), reads(n), hidden_before(l, n), ones}; },
+                          {{to[0], I + R}, {to[1], H}, {to[2], 1}});
+                const Size first = first_of(G, share);
+                copy(team, first_of(G, share + 1) - first, to[2] + first, to[3] + first);
+            }
         }
+        gradients(P, grads.params, [&](Size n) { return std::array<Columns<T>, 2>{hidden(s.L - 1, n), ones}; },
+                  {{to[0], H}, {to[1], 1}});
     });
 }
 

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 
 #include "cpu/thread.h"
 
@@ -34,6 +33,24 @@ NTM_FN void transpose(Vector<T, lanes<T>> (&rows)[lanes<T>]) {
             exchange<Distance, T>(rows[i], rows[i + Distance], std::make_integer_sequence<int, lanes<T>>{});
     });
     if constexpr (Distance > 1) transpose<T, Distance / 2>(rows);
+}
+
+// to[j, i] = from[i, j]; a row every stride numbers
+template <class T>
+inline void transpose(Size rows, Size columns, const T* from, Size from_stride, T* to, Size to_stride) {
+    using V = Vector<T, lanes<T>>;
+    Thread<T>{}.tiles(rows, [&](auto across) NTM_INLINE {
+        Thread<T>{}.tiles(columns, [&](auto tile) NTM_INLINE {
+            V block[lanes<T>];
+            unroll<lanes<T>>([&](auto i) NTM_INLINE {
+                block[i] = across.begin + i < rows ? tile.load(from + (across.begin + i) * from_stride) : V{};
+            });
+            transpose<T>(block);
+            unroll<lanes<T>>([&](auto j) NTM_INLINE {
+                if (tile.begin + j < columns) across.store(to + (tile.begin + j) * to_stride, block[j]);
+            });
+        });
+    });
 }
 
 // Panel p of a weight [K, C] holds columns p * panel_width on, row by row, 0 past C. What is packed is stored
@@ -77,18 +94,15 @@ inline void pad(Size K, Size C, T* packed) {
     for (Size k = 0; k < K; ++k) std::fill_n(panel + k * panel_width<T> + place, panel_width<T> - place, T(0));
 }
 
-// R rows by W vectors, from an even one on. in(r, k) is a number that is multiplied.
-template <int R, int W, class T, class In>
-NTM_FN void product_block(Size K, Size C, Index begin, In&& in, const T* packed, T* out) {
+// R rows by W vectors, column begin first: out[r, c] += sum_k in(r, k) weight[k, c]. weight_of(k, v) is the v-th vector
+// of row k.
+template <int R, int W, class T, class In, class Weight>
+NTM_FN void product_block(Size K, Size C, Index begin, In&& in, Weight&& weight_of, T* out) {
     using V = Vector<T, lanes<T>>;
-    constexpr int width = panel_width<T>;
     V sums[R][W] = {};
-    const T* panel = packed + begin * K;
     for (Size k = 0; k < K; ++k) {
         V weight[W];
-        unroll<W>([&](auto v) NTM_INLINE {
-            weight[v] = FullTile<T>{0}.load(panel + v / 2 * width * K + k * width + v % 2 * lanes<T>);
-        });
+        unroll<W>([&](auto v) NTM_INLINE { weight[v] = weight_of(k, v); });
         unroll<R>([&](auto r) NTM_INLINE {
             const T x = in(r, k);
             unroll<W>([&](auto v) NTM_INLINE { sums[r][v] += x * weight[v]; });
@@ -109,13 +123,20 @@ NTM_FN void product_block(Size K, Size C, Index begin, In&& in, const T* packed,
     });
 }
 
-// R rows by all columns, W vectors at a time, so many that no sum waits for the one before it; what is left by 2 and 1.
+// R rows by all columns of a packed weight, W vectors at a time, so many that no sum waits for the one before it; what
+// is left by 2 and 1.
 template <int R, int W, class T, class In>
 NTM_FN void product_rows(Size K, Size C, In&& in, const T* packed, T* out) {
     Index c = 0;
     auto blocks = [&](auto vectors, Index begun) NTM_INLINE {
-        for (; c + begun * lanes<T> < C; c += vectors * lanes<T>)
-            product_block<R, vectors>(K, C, c, in, packed, out);
+        for (; c + begun * lanes<T> < C; c += vectors * lanes<T>) {
+            const T* panel = packed + c * K;
+            auto weight = [=](Size k, auto v) NTM_INLINE {
+                constexpr int width = panel_width<T>;
+                return FullTile<T>{0}.load(panel + v / 2 * width * K + k * width + v % 2 * lanes<T>);
+            };
+            product_block<R, vectors>(K, C, c, in, weight, out);
+        }
     };
     if constexpr (W > 2) blocks(std::integral_constant<int, W>{}, W - 2);
     blocks(std::integral_constant<int, 2>{}, 1);
@@ -151,27 +172,40 @@ struct Columns {
     Size stride, count;
 };
 
-// What the gradients of a weight and of its bias grow by: weight[g, c] += sum_n x[n, g] fed[n, c] for the outputs
-// g = begin .. end - 1, bias[g] += sum_n x[n, g]. x are the gradients of the outputs, fed what was fed, side by side;
-// packed has room for it in panels.
-template <class T>
-inline void add_weight_gradient(Size N, Size begin, Size end, const T* x, Size G, std::initializer_list<Columns<T>> fed,
-                                T* packed, T* weight /*[G, C]*/, T* bias /*[G]*/) {
-    Size C = 0;
-    for (const Columns<T>& columns : fed) {
-        pack(N, columns.count, columns.first, columns.stride, C, packed);
-        C += columns.count;
-    }
-    pad(N, C, packed);
-    row_blocks(end - begin, [&](auto rows, Size first) NTM_INLINE {
-        const T* own = x + begin + first;
-        auto at = [=](Size r, Size n) NTM_INLINE { return own[n * G + r]; };
-        product_rows<rows, rows == 1 ? 8 : 2>(N, C, at, packed, weight + (begin + first) * C);
-    });
-    Thread<T>{}.tiles(end - begin, [&](auto tile) NTM_INLINE {
-        Vector<T, lanes<T>> sum{};
-        for (Size n = 0; n < N; ++n) sum += tile.load(x + n * G + begin);
-        tile.store(bias + begin, tile.load(bias + begin) + sum);
+// What the gradient of a weight grows by, transposed: sums[c, g] += sum_n fed[n, c] x[n, g], where fed is several
+// matrices side by side, and x, a row every stride numbers, has the gradients of the outputs. The vectors are x's:
+// gates fill them more often than what is fed does, and neither has to be packed.
+template <class T, class Fed>
+inline void add_weight_gradient(Size N, Size outputs, const T* x, Size stride, const Fed& fed, T* sums) {
+    // The next vectors of x, whose rows are too far apart for the processor to foresee them. A block of one row, such
+    // as a bias has, waits for its sums anyway.
+    auto fetch = [](const T* row) NTM_INLINE {
+        unroll<2>([&](auto v) NTM_INLINE { __builtin_prefetch(row + (2 + v) * lanes<T>); });
+    };
+    auto grow = [&](auto vectors, Index first, auto x_of) NTM_INLINE {
+        T* out = sums;
+        for (const Columns<T>& columns : fed) {
+            row_blocks(columns.count, [&](auto rows, Size c) NTM_INLINE {
+                const T* own = columns.first + c;
+                const Size step = columns.stride;
+                auto at = [=](Size r, Size n) NTM_INLINE {
+                    if constexpr (rows == 1) fetch(x + first + n * stride);
+                    return own[n * step + r];
+                };
+                product_block<rows, vectors>(N, outputs, first, at, x_of, out + c * outputs);
+            });
+            out += columns.count * outputs;
+        }
+    };
+    Index g = 0;
+    for (; g + 2 * lanes<T> <= outputs; g += 2 * lanes<T>)
+        grow(std::integral_constant<int, 2>{}, g, [=](Size n, Index v) NTM_INLINE {
+            return FullTile<T>{g + v * lanes<T>}.load(x + n * stride);
+        });
+    Thread<T>{}.tiles(outputs - g, [&](auto tile) NTM_INLINE {
+        const T* own = x + g;
+        grow(std::integral_constant<int, 1>{}, g + tile.begin,
+             [=](Size n, Index) NTM_INLINE { return tile.load(own + n * stride); });
     });
 }
 
