@@ -8,7 +8,7 @@ namespace ntm {
 
 // A, the key's norm
 template <class Team, class T = typename Team::Real>
-NTM_FN T key_norm(const Team& team, Index M, T eps, const T* key /*[M]*/) {
+NTM_PASS T key_norm(const Team& team, Index M, T eps, const T* key /*[M]*/) {
     typename Team::V squares{};
     team.tiles(M, [&](auto tile) NTM_INLINE {
         const auto k = tile.load(key);
@@ -20,9 +20,9 @@ NTM_FN T key_norm(const Team& team, Index M, T eps, const T* key /*[M]*/) {
 // Stores the cosines and 1/B_i. For a head that also reads, grad_reads is dr, and grad_weights grows by M_i.dr: both
 // need the whole memory, which comes from cache once.
 template <class Team, class Reads = std::nullptr_t, class T = typename Team::Real>
-NTM_FN void cosine(const Team& team, Index N, Index M, T eps, T key_norm, const T* memory /*[M, N]*/,
-                   const T* key /*[M]*/, T* cosine /*[N]*/, T* inverse_norm /*[N]*/,
-                   Reads grad_reads = nullptr /*[M] or nullptr*/, T* grad_weights = nullptr /*[N], added*/) {
+NTM_PASS void cosine(const Team& team, Index N, Index M, T eps, T key_norm, const T* memory /*[M, N]*/,
+                     const T* key /*[M]*/, T* cosine /*[N]*/, T* inverse_norm /*[N]*/,
+                     Reads grad_reads = nullptr /*[M] or nullptr*/, T* grad_weights = nullptr /*[N], added*/) {
     using V = typename Team::V;
     const T inverse_key_norm = 1 / key_norm;
     team.tiles(N, [&](auto tile) NTM_INLINE {
@@ -47,7 +47,7 @@ NTM_FN void cosine(const Team& team, Index N, Index M, T eps, T key_norm, const 
 // wc = softmax(beta c). No cosine is beyond 1, so beta is a bound: the highest is looked for only where all might
 // vanish below it, and where a single location is to have a weight of 1 without rounding.
 template <class Team, class T = typename Team::Real>
-NTM_FN void content_weights(const Team& team, Index N, T beta, const T* cosine, T* content) {
+NTM_PASS void content_weights(const Team& team, Index N, T beta, const T* cosine, T* content) {
     const auto z = [&](auto tile) NTM_INLINE { return beta * tile.load(cosine); };
     const T most = beta < 0 ? -beta : beta;
     const T bound = most <= 40 && N > 1 ? most : highest(team, N, z);
@@ -58,12 +58,12 @@ NTM_FN void content_weights(const Team& team, Index N, T beta, const T* cosine, 
 // grad_after, which may be itself, or nullptr for 0, plus what comes from here; for a head that also reads, with dr and
 // its weights w, that is w_i dr too.
 template <class Team, class After, class Reads = std::nullptr_t, class T = typename Team::Real>
-NTM_FN void content_backward(const Team& team, Index N, Index M, T key_norm, const T* memory /*[M, N]*/,
-                             const T* key /*[M]*/, T beta, const T* content /*[N]*/, T* cosine /*[N]*/,
-                             const T* inverse_norm /*[N]*/, T* grad_content /*[N]*/,
-                             After grad_after /*[M, N] or nullptr*/, T* grad_memory /*[M, N]*/, T* grad_key /*[M]*/,
-                             T* grad_beta /*[1]*/, Reads grad_reads = nullptr /*[M] or nullptr*/,
-                             const T* weights = nullptr /*[N]*/) {
+NTM_PASS void content_backward(const Team& team, Index N, Index M, T key_norm, const T* memory /*[M, N]*/,
+                               const T* key /*[M]*/, T beta, const T* content /*[N]*/, T* cosine /*[N]*/,
+                               const T* inverse_norm /*[N]*/, T* grad_content /*[N]*/,
+                               After grad_after /*[M, N] or nullptr*/, T* grad_memory /*[M, N]*/, T* grad_key /*[M]*/,
+                               T* grad_beta /*[1]*/, Reads grad_reads = nullptr /*[M] or nullptr*/,
+                               const T* weights = nullptr /*[N]*/) {
     using V = typename Team::V;
     const T inverse_key_norm = 1 / key_norm;
     const T mean = dot(team, N, content, grad_content);

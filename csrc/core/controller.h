@@ -22,8 +22,8 @@ NTM_FN auto activated_lstm(const Tile& tile, Index H, const T* gates /*[4H]*/) {
 
 // c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c')
 template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
-NTM_FN void lstm_gates(const Team& team, Index H, const T* gates /*[4H]: i, f, g, o*/, const T* cell /*[H]*/,
-                       T* hidden /*[H]*/, T* new_cell /*[H]*/, Left activated = nullptr /*[4H] or nullptr*/) {
+NTM_PASS void lstm_gates(const Team& team, Index H, const T* gates /*[4H]: i, f, g, o*/, const T* cell /*[H]*/,
+                         T* hidden /*[H]*/, T* new_cell /*[H]*/, Left activated = nullptr /*[4H] or nullptr*/) {
     using Math = typename Team::Math;
     team.tiles(H, [&](auto tile) NTM_INLINE {
         const auto [i, f, g, o] = activated_lstm<Math>(tile, H, gates);
@@ -41,9 +41,9 @@ NTM_FN void lstm_gates(const Team& team, Index H, const T* gates /*[4H]: i, f, g
 
 // Activated: the gates are.
 template <bool Activated = false, class Team, class T = typename Team::Real>
-NTM_FN void lstm_gates_backward(const Team& team, Index H, const T* gates, const T* cell, const T* new_cell,
-                                const T* grad_hidden, const T* grad_new_cell, T* grad_gates /*[4H]*/,
-                                T* grad_cell /*[H]*/) {
+NTM_PASS void lstm_gates_backward(const Team& team, Index H, const T* gates, const T* cell, const T* new_cell,
+                                  const T* grad_hidden, const T* grad_new_cell, T* grad_gates /*[4H]*/,
+                                  T* grad_cell /*[H]*/) {
     using Math = typename Team::Math;
     using V = typename Team::V;
     team.tiles(H, [&](auto tile) NTM_INLINE {
@@ -78,8 +78,8 @@ NTM_FN auto activated_gru(const Tile& tile, Index H, const T* x /*[3H]*/, const 
 
 // n = tanh(i_n + r h_n),  h' = (1 - z) n + z h, with x = W_i x + b_i and y = W_h h + b_h
 template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
-NTM_FN void gru_gates(const Team& team, Index H, const T* x /*[3H]: r, z, n*/, const T* y /*[3H]*/,
-                      const T* hidden /*[H]*/, T* new_hidden /*[H]*/, Left activated = nullptr /*[3H] or nullptr*/) {
+NTM_PASS void gru_gates(const Team& team, Index H, const T* x /*[3H]: r, z, n*/, const T* y /*[3H]*/,
+                        const T* hidden /*[H]*/, T* new_hidden /*[H]*/, Left activated = nullptr /*[3H] or nullptr*/) {
     using Math = typename Team::Math;
     team.tiles(H, [&](auto tile) NTM_INLINE {
         const auto [r, z, n] = activated_gru<Math>(tile, H, x, y);
@@ -94,9 +94,9 @@ NTM_FN void gru_gates(const Team& team, Index H, const T* x /*[3H]: r, z, n*/, c
 
 // Activated: in place of x are the gates.
 template <bool Activated = false, class Team, class T = typename Team::Real>
-NTM_FN void gru_gates_backward(const Team& team, Index H, const T* x, const T* y, const T* hidden,
-                               const T* grad_new_hidden, T* grad_x /*[3H]*/, T* grad_y /*[3H]*/,
-                               T* grad_hidden /*[H]*/) {
+NTM_PASS void gru_gates_backward(const Team& team, Index H, const T* x, const T* y, const T* hidden,
+                                 const T* grad_new_hidden, T* grad_x /*[3H]*/, T* grad_y /*[3H]*/,
+                                 T* grad_hidden /*[H]*/) {
     using Math = typename Team::Math;
     using V = typename Team::V;
     team.tiles(H, [&](auto tile) NTM_INLINE {

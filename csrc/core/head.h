@@ -115,8 +115,8 @@ struct Scalars {
 
 // A head's raw parameters lie in the order k (M), beta, g, s (K), gamma. What activate_shift reads is left to a sync().
 template <class Team, class T = typename Team::Real>
-NTM_FN void activate_head(const Team& team, Index M, Index K, T clip, bool key_tanh, const T* raw, T* key /*[M]*/,
-                          const Scalars<T>& scalars) {
+NTM_PASS void activate_head(const Team& team, Index M, Index K, T clip, bool key_tanh, const T* raw, T* key /*[M]*/,
+                            const Scalars<T>& scalars) {
     using Math = typename Team::Math;
     activate_vector(team, M, clip, key_tanh, raw, key);
     team.tiles(K + 3, [&](auto tile) NTM_INLINE {
@@ -128,7 +128,7 @@ NTM_FN void activate_head(const Team& team, Index M, Index K, T clip, bool key_t
 }
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void activate_shift(const Team& team, Index K, const Scalars<T>& scalars, T* shift /*[K]*/) {
+NTM_PASS void activate_shift(const Team& team, Index K, const Scalars<T>& scalars, T* shift /*[K]*/) {
     const T* raw = scalars.clamped + 2;
     softmax(team, K, T(1), raw, highest(team, K, [&](auto tile) NTM_INLINE { return tile.load(raw); }), shift);
 }
@@ -140,8 +140,8 @@ NTM_FN HeadGrads<T> head_grads(Index M, Index K, T* grad_raw) {
 
 // grads come in for the activated parameters and go out for the raw ones.
 template <class Team, class T = typename Team::Real>
-NTM_FN void activate_head_backward(const Team& team, Index M, Index K, T clip, bool key_tanh, const T* raw,
-                                   const Head<T>& head, const HeadGrads<T>& grads) {
+NTM_PASS void activate_head_backward(const Team& team, Index M, Index K, T clip, bool key_tanh, const T* raw,
+                                     const Head<T>& head, const HeadGrads<T>& grads) {
     using Math = typename Team::Math;
     team.sync();
     activate_vector_backward(team, M, clip, key_tanh, raw, head.key, grads.key);
@@ -160,16 +160,16 @@ NTM_FN void activate_head_backward(const Team& team, Index M, Index K, T clip, b
 
 // A write head's raw erase and add vectors lie one after the other, e (M), a (M).
 template <class Team, class T = typename Team::Real>
-NTM_FN void activate_write(const Team& team, Index M, T clip, bool add_tanh, const T* raw, T* erase /*[M]*/,
-                           T* add /*[M]*/) {
+NTM_PASS void activate_write(const Team& team, Index M, T clip, bool add_tanh, const T* raw, T* erase /*[M]*/,
+                             T* add /*[M]*/) {
     using Math = typename Team::Math;
     team.tiles(M, [&](auto tile) NTM_INLINE { tile.store(erase, sigmoid<Math>(clamp<Math>(tile.load(raw), clip))); });
     activate_vector(team, M, clip, add_tanh, raw + M, add);
 }
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void activate_write_backward(const Team& team, Index M, T clip, bool add_tanh, const T* raw, const T* erase,
-                                    const T* add, T* grad) {
+NTM_PASS void activate_write_backward(const Team& team, Index M, T clip, bool add_tanh, const T* raw, const T* erase,
+                                      const T* add, T* grad) {
     using Math = typename Team::Math;
     team.tiles(M, [&](auto tile) NTM_INLINE {
         const auto e = tile.load(erase);

@@ -6,8 +6,8 @@
 namespace ntm {
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void read(const Team& team, Index N, Index M, const T* memory /*[M, N]*/, const T* weights /*[N]*/,
-                 T* reads /*[M]*/) {
+NTM_PASS void read(const Team& team, Index N, Index M, const T* memory /*[M, N]*/, const T* weights /*[N]*/,
+                   T* reads /*[M]*/) {
     team.template rows<1>(
         M, N,
         [&](auto block, auto tile, auto& sums) NTM_INLINE {
@@ -21,9 +21,9 @@ NTM_FN void read(const Team& team, Index N, Index M, const T* memory /*[M, N]*/,
 
 // dw_i = M_i.dr, and grad_memory becomes grad_after, which may be itself, or nullptr for 0, plus w_i dr.
 template <class Team, class After, class T = typename Team::Real>
-NTM_FN void read_backward(const Team& team, Index N, Index M, const T* memory /*[M, N]*/, const T* weights /*[N]*/,
-                          const T* grad_reads /*[M]*/, After grad_after /*[M, N] or nullptr*/,
-                          T* grad_memory /*[M, N]*/, T* grad_weights /*[N]*/) {
+NTM_PASS void read_backward(const Team& team, Index N, Index M, const T* memory /*[M, N]*/, const T* weights /*[N]*/,
+                            const T* grad_reads /*[M]*/, After grad_after /*[M, N] or nullptr*/,
+                            T* grad_memory /*[M, N]*/, T* grad_weights /*[N]*/) {
     using V = typename Team::V;
     team.tiles(N, [&](auto tile) NTM_INLINE {
         const V w = tile.load(weights);

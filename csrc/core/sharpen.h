@@ -6,7 +6,7 @@
 namespace ntm {
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void sharpen(const Team& team, Index N, const T* shifted, T gamma, T* sharpened) {
+NTM_PASS void sharpen(const Team& team, Index N, const T* shifted, T gamma, T* sharpened) {
     using Math = typename Team::Math;
     const T bound = highest(team, N, [&](auto tile) NTM_INLINE {
         const auto w = tile.load(shifted);
@@ -19,8 +19,8 @@ NTM_FN void sharpen(const Team& team, Index N, const T* shifted, T gamma, T* sha
 
 // q_i = w_i (dw_i - w.dw);  dgamma = sum q_i l_i;  dws_i = gamma q_i / ws_i where ws_i was not raised to tiny
 template <class Team, class T = typename Team::Real>
-NTM_FN void sharpen_backward(const Team& team, Index N, const T* shifted, T gamma, const T* sharpened,
-                             const T* grad_sharpened, T* grad_shifted, T* grad_gamma /*[1]*/) {
+NTM_PASS void sharpen_backward(const Team& team, Index N, const T* shifted, T gamma, const T* sharpened,
+                               const T* grad_sharpened, T* grad_shifted, T* grad_gamma /*[1]*/) {
     using Math = typename Team::Math;
     using V = typename Team::V;
     const T mean = dot(team, N, sharpened, grad_sharpened);

@@ -28,7 +28,7 @@ NTM_FN V blend(V content, V previous, T gate) {
 }
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void interpolate(const Team& team, Index N, const T* content, const T* previous, T gate, T* gated) {
+NTM_PASS void interpolate(const Team& team, Index N, const T* content, const T* previous, T gate, T* gated) {
     team.tiles(N, [&](auto tile) NTM_INLINE {
         tile.store(gated, blend(tile.load(content), tile.load(previous), gate));
     });
@@ -36,8 +36,8 @@ NTM_FN void interpolate(const Team& team, Index N, const T* content, const T* pr
 
 // dg, dwc and dw_prev from dwg; grad_content may be grad_gated
 template <class Team, class T = typename Team::Real>
-NTM_FN void interpolate_backward(const Team& team, Index N, const T* content, const T* previous, T gate,
-                                 const T* grad_gated, T* grad_content, T* grad_previous, T* grad_gate /*[1]*/) {
+NTM_PASS void interpolate_backward(const Team& team, Index N, const T* content, const T* previous, T gate,
+                                   const T* grad_gated, T* grad_content, T* grad_previous, T* grad_gate /*[1]*/) {
     using V = typename Team::V;
     V along_gate{};
     team.tiles(N, [&](auto tile) NTM_INLINE {
@@ -52,8 +52,8 @@ NTM_FN void interpolate_backward(const Team& team, Index N, const T* content, co
 
 // ws_i = sum_j s_j wg_(i-j)
 template <class Team, class T = typename Team::Real>
-NTM_FN void circular_shift(const Team& team, Index N, Index K, const T* gated /*ring*/, const T* shift /*[K]*/,
-                           T* shifted /*[N]*/) {
+NTM_PASS void circular_shift(const Team& team, Index N, Index K, const T* gated /*ring*/, const T* shift /*[K]*/,
+                             T* shifted /*[N]*/) {
     const Index S = K / 2;
     team.tiles(N, [&](auto tile) NTM_INLINE {
         typename Team::V sum{};
@@ -64,8 +64,9 @@ NTM_FN void circular_shift(const Team& team, Index N, Index K, const T* gated /*
 
 // ds_j = sum_i dws_i wg_(i-j),  dwg_i = sum_j s_j dws_(i+j)
 template <class Team, class T = typename Team::Real>
-NTM_FN void circular_shift_backward(const Team& team, Index N, Index K, const T* gated /*ring*/, const T* shift /*[K]*/,
-                                    const T* grad_shifted /*ring*/, T* grad_gated /*[N]*/, T* grad_shift /*[K]*/) {
+NTM_PASS void circular_shift_backward(const Team& team, Index N, Index K, const T* gated /*ring*/,
+                                      const T* shift /*[K]*/, const T* grad_shifted /*ring*/,
+                                      T* grad_gated /*[N]*/, T* grad_shift /*[K]*/) {
     const Index S = K / 2;
     team.template rows<1>(
         K, N,

@@ -31,14 +31,17 @@
 #include <type_traits>
 #include <utility>
 
-// On every function here, and on every lambda that runs in a loop over tiles: one that is left as a call would keep its
-// caller's sums in memory.
+// NTM_FN on every function here, and NTM_INLINE on every lambda that runs in a loop over tiles: one that is left as a
+// call would keep its caller's sums in memory. But NTM_PASS on what passes over an element's arrays: for a CPU these
+// stay functions, because all of them in one leave no registers for the addresses of its inner loops.
 #ifdef __CUDACC__
 #define NTM_FN __device__ __forceinline__
+#define NTM_PASS __device__ __forceinline__
 #define NTM_INLINE
 #define NTM_ROLLED _Pragma("unroll 1")
 #else
 #define NTM_FN inline __attribute__((always_inline))
+#define NTM_PASS __attribute__((noinline))
 #define NTM_INLINE __attribute__((always_inline))
 #define NTM_ROLLED _Pragma("GCC unroll 1")
 #endif

@@ -6,12 +6,13 @@
 namespace ntm {
 
 template <class Team, class T = typename Team::Real>
-NTM_FN void write(const Team& team, Index H, Index N, Index M, const T* memory /*[M, N]*/, const T* weights /*[H, N]*/,
-                  const T* erase /*[H, M]*/, const T* add /*[H, M]*/, T* written /*[M, N]*/) {
+NTM_PASS void write(const Team& team, Index H, Index N, Index M, const T* memory /*[M, N]*/,
+                    const T* weights /*[H, N]*/, const T* erase /*[H, M]*/, const T* add /*[H, M]*/,
+                    T* written /*[M, N]*/) {
     using V = typename Team::V;
-    team.tiles(N, [&](auto tile) NTM_INLINE {
-        const V first = tile.load(weights);
-        chunks<4>(M, [&](auto block) NTM_INLINE {
+    chunks<4>(M, [&](auto block) NTM_INLINE {
+        team.tiles(N, [&](auto tile) NTM_INLINE {
+            const V first = tile.load(weights);
             V x[block.count];
             unroll<block.count>([&](auto k) NTM_INLINE { x[k] = tile.load(memory + (block.first + k) * N); });
             unroll<block.count>([&](auto k) NTM_INLINE {
@@ -30,12 +31,13 @@ NTM_FN void write(const Team& team, Index H, Index N, Index M, const T* memory /
 
 // One head's part of write_backward: dw_h += dM (a_h - M e_h others), de_h = -sum dM M w_h others, da_h = sum dM w_h,
 // where others = prod_{h' != h} (1 - w_h' e_h'). The last head takes dM through all the erases into grad_memory.
-template <class Team, class T = typename Team::Real>
-NTM_FN void write_head_backward(const Team& team, Index h, Index H, Index N, Index M, const T* memory, const T* weights,
-                                const T* erase, const T* add, const T* grad_written, T* grad_memory,
-                                T* grad_weights /*[N], added*/, T* grad_erase /*[M]*/, T* grad_add /*[M]*/) {
+// Alone: it is the only one, which leaves a CPU the registers that the loop over the others takes.
+template <bool Alone, class Team, class T = typename Team::Real>
+NTM_PASS void write_head_backward(const Team& team, Index h, Index H, Index N, Index M, const T* memory,
+                                  const T* weights, const T* erase, const T* add, const T* grad_written, T* grad_memory,
+                                  T* grad_weights /*[N], added*/, T* grad_erase /*[M]*/, T* grad_add /*[M]*/) {
     using V = typename Team::V;
-    const bool last = h + 1 == H;
+    const bool last = Alone || h + 1 == H;
     team.template rows<2>(
         M, N,
         [&](auto block, auto tile, auto& sums) NTM_INLINE {
@@ -48,8 +50,9 @@ NTM_FN void write_head_backward(const Team& team, Index h, Index H, Index N, Ind
             unroll<block.count>([&](auto k) NTM_INLINE {
                 const Index m = block.first + k;
                 V others = V{} + 1;
-                for (Index other = 0; other < H; ++other)
-                    if (other != h) others *= 1 - tile.load(weights + other * N) * erase[other * M + m];
+                if constexpr (!Alone)
+                    for (Index other = 0; other < H; ++other)
+                        if (other != h) others *= 1 - tile.load(weights + other * N) * erase[other * M + m];
                 const V dM = after[k], kept = x[k] * others;
                 const T e = erase[h * M + m];
                 dw += dM * (add[h * M + m] - kept * e);
@@ -72,9 +75,13 @@ NTM_FN void write_backward(const Team& team, Index H, Index N, Index M, const T*
                            const T* weights /*[H, N]*/, const T* erase /*[H, M]*/, const T* add /*[H, M]*/,
                            const T* grad_written /*[M, N]*/, T* grad_memory /*[M, N]*/, T* grad_weights /*[H, N]*/,
                            T* grad_erase, T* grad_add, Index stride) {
+    if constexpr (!Team::staged)
+        if (H == 1)
+            return write_head_backward<true>(team, 0, 1, N, M, memory, weights, erase, add, grad_written, grad_memory,
+                                             grad_weights, grad_erase, grad_add);
     for (Index h = 0; h < H; ++h)
-        write_head_backward(team, h, H, N, M, memory, weights, erase, add, grad_written, grad_memory,
-                            grad_weights + h * N, grad_erase + h * stride, grad_add + h * stride);
+        write_head_backward<false>(team, h, H, N, M, memory, weights, erase, add, grad_written, grad_memory,
+                                   grad_weights + h * N, grad_erase + h * stride, grad_add + h * stride);
 }
 
 }  // namespace ntm
