@@ -120,23 +120,19 @@ def stream(model: nn.Module, inputs: Tensor) -> Callable[[], Tensor]:
 class TorchCallsAround(nn.Module):
     """What a streamed step cannot do without of PyTorch: the price of admission that the rest of a step adds to.
 
-    The call of a module and of its output layer, (1, 1, 120) x (120, 8); the inputs' share of the controller's gates,
-    (1, 9) x (9, 400 or 300); and the tensors that are returned, allocated: features, memory, weights, reads and the
+    The call of a module, and the tensors that are returned, allocated: outputs, memory, weights, reads and the
     controller's state. Checks of arguments, the native call and all else between these count as the step's own.
     """
 
     def __init__(self, model: FastNTM) -> None:
         super().__init__()
-        self.weight, self.output = model.controller.weight_ih_l0, model.output
         n, m = model.memory_locations, model.memory_width
-        self.shapes = [(1, m, n), (1, 1, n), (1, 1, n), (1, 1, m)]
+        self.shapes = [(1, 1, BITS), (1, m, n), (1, 1, n), (1, 1, n), (1, 1, m)]
         self.shapes += [(1, 1, HIDDEN)] * len(model.controller.state_names)
 
     def forward(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        inputs.reshape(1, INPUTS).mm(self.weight[:, :INPUTS].t())
-        features = inputs.new_empty((1, 1, self.output.in_features))
-        memory, *rest = (inputs.new_empty(shape) for shape in self.shapes)
-        return self.output(features), (memory.mT, *rest)
+        outputs, memory, *rest = (inputs.new_empty(shape) for shape in self.shapes)
+        return outputs, (memory.mT, *rest)
 
 
 def answers(model: nn.Module, batch: Batch, chunk: int | None = None) -> dict[str, Tensor]:

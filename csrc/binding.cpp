@@ -94,12 +94,12 @@ struct From<StepOptions> : FromMembers<StepOptions, int, int, int, double, doubl
 template <class T>
 struct From<SequenceState<T>> : FromMembers<SequenceState<T>, T*, T*, T*, T*, T*, T*> {};
 template <class T>
-struct From<SequenceTrail<T>> : FromMembers<SequenceTrail<T>, T*, T*, T*, T*, T*, T*, T*, T*, T*, T*> {};
+struct From<SequenceTrail<T>> : FromMembers<SequenceTrail<T>, T*, T*, T*, T*, T*, T*, T*, T*, T*, T*, T*> {};
 template <class T>
 struct From<SequenceGrads<T>> : FromMembers<SequenceGrads<T>, T*, T*, T*, T*> {};
 template <>
 struct From<SequenceSizes>
-    : FromMembers<SequenceSizes, Index, Size, Index, Index, Index, int, StepSizes, Index> {};
+    : FromMembers<SequenceSizes, Index, Size, Index, Index, Index, Index, int, StepSizes, Index, int> {};
 
 template <class... Parameters>
 PyObject* call(const char* backend, Error (*operation)(Parameters...), PyObject* const* values, Py_ssize_t count) {

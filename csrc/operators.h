@@ -131,19 +131,21 @@ struct Operators {
                                 const T* grad_new_hidden,  // [B, H]
                                 T* grad_input_gates, T* grad_hidden_gates, T* grad_hidden);
     // The whole sequence; see core/sequence.h. weights, as torch has them: for every layer weight_ih [gates, fed], of
-    // the first layer [gates, I + fed], weight_hh [gates, H], bias_ih and bias_hh [gates]; last the heads' weight
-    // [P, H] and bias [P]. keep: leave behind what the backward needs; else the trail is features alone. On CUDA x comes
-    // in as the inputs' product, and the inputs are not used.
+    // the first layer [gates, I + fed], weight_hh [gates, H], bias_ih and bias_hh [gates]; then the heads' weight [P, H]
+    // and bias [P], and the output layer's [O, H + R M] and [O]. keep: leave behind what the backward needs. On CUDA,
+    // whose kernels do not take the ends (core/sequence.h), x comes in as the inputs' product, the features are left in
+    // any case, for the outputs to be made of them, and inputs and outputs are not used.
     Error (*ntm_sequence)(Launch, SequenceSizes, StepOptions, int keep,
                           const T* const* weights,
                           const T* inputs,  // [T, B, I]
+                          T* outputs,       // [T, B, O]
                           SequenceState<const T> initial, SequenceState<T> final,
                           SequenceTrail<T> trail);
     Error (*ntm_sequence_backward)(Launch, SequenceSizes, StepOptions,
                                    const T* const* weights,
                                    SequenceState<const T> initial, const T* final_memory,  // [B, M, N]
                                    SequenceTrail<const T> trail,
-                                   const T* grad_features,  // [T, B, H + R M]
+                                   const T* grad_outputs,  // [T, B, O]; on CUDA the features', [T, B, H + R M]
                                    SequenceState<const T> grad_final, SequenceState<T> grad_initial,
                                    SequenceGrads<T>);  // x and y may be those of the trail
     // The gradients of the weights, as weights above, from what the backward left behind. What the first steps met is
@@ -151,6 +153,7 @@ struct Operators {
     Error (*ntm_sequence_weight_gradients)(Launch, SequenceSizes,
                                            const T* inputs,  // [T, B, I]
                                            SequenceState<const T> initial, SequenceTrail<const T> trail,
+                                           const T* grad_outputs,  // [T, B, O]
                                            SequenceGrads<const T>, T* const* grad_weights);
 };
 
@@ -160,7 +163,7 @@ constexpr Error too_large = "ntm_fast: one element of the batch is too large for
 constexpr bool is_too_large(const SequenceSizes& s, bool backward) {
     return 8 * (s.step.R + s.step.W) * s.memory() > most_numbers ||
            (backward && sequence_segment(s, 8) > most_numbers) ||
-           Size(8) * (s.I + s.gates() + s.widest() + s.step.params()) > most_numbers;
+           Size(8) * (s.I + s.O + s.gates() + s.widest() + s.step.params() + s.step.active()) > most_numbers;
 }
 
 // Has a table's entry done by a body of core/element.h, whose members are the entry's parameters: Run::run(body, launch)

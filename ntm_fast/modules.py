@@ -131,7 +131,7 @@ class _NTM(nn.Module):
         _count("batch_size", batch_size, least=0)
 
         def batch(tensor: Tensor) -> Tensor:
-            return tensor.unsqueeze(0).expand(batch_size, -1, -1)
+            return tensor.expand(batch_size, -1, -1)
 
         return NTMState(
             memory=batch(self.initial_memory),
@@ -233,19 +233,23 @@ class _NTM(nn.Module):
         """
         engine = self._choose_engine(heads[0])
         arguments = inputs, *state, self.controller.weights(), *heads
+        output = parameters(self.output, ("weight", "bias"))
         options = self._options()
         if engine == "sequence" and records is None:
+            arguments += tuple(output)
             if torch.is_autocast_enabled(inputs.device.type):
-                features, *final = ops.ntm_sequence(*arguments, **options, memory_checkpoint=self.memory_checkpoint)
+                outputs, *final = ops.ntm_sequence(*arguments, **options, memory_checkpoint=self.memory_checkpoint)
+                if outputs.dtype is torch.float32:  # as the other engines' output layer has it there
+                    outputs = outputs.to(torch.get_autocast_dtype(inputs.device.type))
             else:  # what the operator would check is checked
-                features, *final = ops.checked_sequence(arguments, (*options.values(), ops.EPS, self.memory_checkpoint))
-        elif engine == "step" and records is None and inputs.shape[1] > 0 and recurrence.can_serve(inputs.device.type):
+                outputs, *final = ops.checked_sequence(arguments, (*options.values(), ops.EPS, self.memory_checkpoint))
+            return outputs, NTMState(*final)
+        if engine == "step" and records is None and inputs.shape[1] > 0 and recurrence.can_serve(inputs.device.type):
             features, *final = recurrence.run(*arguments, **options)
         else:
             kernels = reference if engine == "reference" else ops
             features, *final = reference.unroll(kernels, *arguments, **options, records=records)
-        outputs = F.linear(features, *parameters(self.output, ("weight", "bias")))
-        return outputs, NTMState(*final)
+        return F.linear(features, *output), NTMState(*final)
 
     def extra_repr(self) -> str:
         return (

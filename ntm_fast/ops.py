@@ -191,11 +191,14 @@ def _define(name: str, op: _Operator, inputs: dict[str, str], outputs: dict[str,
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-def grads_through(function: Callable, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor | None]:
+def grads_through(
+    function: Callable, inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
     """Differentiable gradients of a function in plain PyTorch: what a backward returns under ``create_graph``."""
     local = [x.view_as(x) for x in inputs]  # inputs may depend on each other; their aliases do not
     outputs = function(*local)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs, grads = zip(*[(output, grad) for output, grad in zip(outputs, grads) if grad is not None])
     wanted = [x for x in local if x.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in local]
@@ -258,10 +261,9 @@ _SEQUENCE_OPTIONS = {"controller": "str", **_STEP_OPTIONS, "memory_checkpoint": 
 
 def _define_sequence() -> None:
     tensors = "Tensor inputs, Tensor memory, Tensor read_weights, Tensor write_weights, Tensor reads, Tensor[] state"
-    tensors += ", Tensor[] weights, Tensor heads_weight, Tensor heads_bias"
-    trail = "Tensor features, Tensor new_memory, Tensor[] trail"
-    grads = "Tensor grad_features, Tensor grad_memory, Tensor grad_read_weights, Tensor grad_write_weights"
-    grads += ", Tensor grad_reads, Tensor[] grad_state"
+    tensors += ", Tensor[] weights, Tensor heads_weight, Tensor heads_bias, Tensor output_weight, Tensor output_bias"
+    trail = "Tensor new_memory, Tensor[] trail"
+    grads = "Tensor grad_outputs, Tensor[] grad_final"
     options = ", ".join(f"{kind} {name}" for name, kind in _SEQUENCE_OPTIONS.items())
     results = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[]"
     _LIBRARY.define(f"ntm_sequence({tensors}, {options}, bool keep) -> ({results})")
@@ -278,16 +280,16 @@ def _define_sequence() -> None:
 _define_sequence()
 
 
-def nested(tensors: Sequence[Tensor], controller: str) -> tuple:
-    """ntm_sequence's tensors in a row -> as its signature groups them."""
+def nested(tensors: Sequence[Tensor], controller: str, last: int = 4) -> tuple:
+    """ntm_sequence's tensors in a row -> as its signature groups them. ``last``: how many come after the weights."""
     states = len(reference.CONTROLLERS[controller].state)
-    return *tensors[:5], tensors[5 : 5 + states], tensors[5 + states : -2], *tensors[-2:]
+    return *tensors[:5], tensors[5 : 5 + states], tensors[5 + states : -last], *tensors[-last:]
 
 
 def in_a_row(arguments: tuple) -> tuple[Tensor, ...]:
     """The reverse of :func:`nested`."""
-    *before, state, weights, heads_weight, heads_bias = arguments
-    return *before, *state, *weights, heads_weight, heads_bias
+    *first, state, weights = arguments[:7]
+    return *first, *state, *weights, *arguments[7:]
 
 
 def grouped(outputs: tuple[Tensor, ...]) -> tuple:
@@ -307,7 +309,7 @@ def watched() -> bool:
 
 
 def _run_sequence(*args: Any, keep: bool = False) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """Tensors and options in a row -> features and final state in a row, and the trail."""
+    """Tensors and options in a row -> outputs and final state in a row, and the trail."""
     tensors, options = args[: -len(_SEQUENCE_OPTIONS)], args[-len(_SEQUENCE_OPTIONS) :]
     kernel = torch.ops.ntm_fast.ntm_sequence.default if watched() else sequence.forward
     *outputs, state, trail = kernel(*nested(tensors, options[0]), *options, keep)
@@ -325,23 +327,29 @@ class _NTMSequence(torch.autograd.Function):
     def forward(ctx, *args):
         outputs, trail = _run_sequence(*args, keep=True)
         tensors, ctx.options = args[: -len(_SEQUENCE_OPTIONS)], args[-len(_SEQUENCE_OPTIONS) :]
-        ctx.save_for_backward(*tensors, *outputs[:2], *trail)
+        ctx.save_for_backward(*tensors, outputs[1], *trail)
         ctx.set_materialize_grads(False)  # autograd's zeros of the memory would not lie as the memory does
         return outputs
 
     @staticmethod
     def backward(ctx, *grads):
         saved = ctx.saved_tensors
-        count = len(saved) - 2 - len(sequence.Trail._fields)
-        tensors, (features, memory, *trail) = saved[:count], saved[count:]
+        count = len(saved) - 1 - len(sequence.Trail._fields)
+        tensors, (memory, *trail) = saved[:count], saved[count:]
         nones = (None,) * len(_SEQUENCE_OPTIONS)
-        outputs = features, memory, *tensors[2:]  # or what has their shapes
-        grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(outputs, grads)]
         if torch.is_grad_enabled():
             twin = functools.partial(flat_sequence, **dict(zip(_SEQUENCE_OPTIONS, ctx.options)))
             return (*grads_through(twin, tensors, grads), *nones)
+        grad_outputs, *grad_final = grads
+        if grad_outputs is None:
+            grad_outputs = tensors[0].new_zeros(*tensors[0].shape[:2], tensors[-1].shape[0])
+        if any([grad is not None for grad in grad_final]):
+            final = memory, *tensors[2:]  # or what has their shapes
+            grad_final = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(final, grad_final)]
+        else:
+            grad_final = []
         needs_inputs = ctx.needs_input_grad[0]
-        arguments = *nested(tensors, ctx.options[0]), features, memory, trail, *grads[:5], grads[5:]
+        arguments = *nested(tensors, ctx.options[0]), memory, trail, grad_outputs, grad_final
         if watched():
             found = torch.ops.ntm_fast.ntm_sequence_backward.default(*arguments, *ctx.options, needs_inputs)
         else:  # the trail may go, unless backward may be asked for once more
@@ -375,12 +383,14 @@ def _sequence_operator(controller: str, states: int, weights: int) -> _Operator:
 
     def derived(dims: dict[str, int], _: str, shift_range: int, *__: Any) -> dict[str, int]:
         columns = dims["I"] + dims["R"] * dims["M"]
-        return {"L": layers, "G": kind.gates * dims["H"], "X": columns, **_step_dimensions(dims, shift_range)}
+        features = dims["H"] + dims["R"] * dims["M"]
+        own = {"L": layers, "G": kind.gates * dims["H"], "X": columns, "F": features}
+        return own | _step_dimensions(dims, shift_range)
 
     inputs = {"inputs": "TBI", "memory": _MEMORY, "read_weights": "BRN", "write_weights": "BWN", "reads": "BRM"}
     inputs |= {f"state[{index}]": "LBH" for index in range(states)}
     inputs |= {f"weights[{index}]": own for index, own in enumerate(letters)}
-    inputs |= {"heads_weight": "PH", "heads_bias": "P"}
+    inputs |= {"heads_weight": "PH", "heads_bias": "P", "output_weight": "OF", "output_bias": "O"}
     return _Operator("ntm_sequence", "", inputs, {}, derived=derived)
 
 
@@ -616,6 +626,8 @@ def ntm_sequence(
     weights: Sequence[Tensor],
     heads_weight: Tensor,
     heads_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
     *,
     controller: str = "lstm",
     shift_range: int,
@@ -647,7 +659,7 @@ def ntm_sequence(
         "eps": eps,
         "memory_checkpoint": _CHECKPOINTS.get(memory_checkpoint, memory_checkpoint),
     }
-    state, weights = tuple(state), tuple(weights)
+    arguments, state, weights = (inputs, memory, read_weights, write_weights, reads), tuple(state), tuple(weights)
 
     def why_not() -> str | None:
         if torch.compiler.is_compiling() and controller != "feedforward":
@@ -662,7 +674,7 @@ def ntm_sequence(
     return grouped(
         _call(
             describe(controller, len(state), len(weights)),
-            in_a_row((inputs, memory, read_weights, write_weights, reads, state, weights, heads_weight, heads_bias)),
+            in_a_row((*arguments, state, weights, heads_weight, heads_bias, output_weight, output_bias)),
             options,
             why_not,
         )

@@ -201,11 +201,13 @@ def _run(name: str, batch: int, hidden_size: int, *tensors: Tensor) -> None:
 
 
 class StepTape:
-    """A sequence on its way forward, and what backward needs of it. ``tensors``: those of ntm_sequence in a row."""
+    """A sequence on its way forward, and what backward needs of it. ``tensors``: those of unroll in a row."""
 
     def __init__(self, controller: str, options: dict, keep: bool, tensors: Sequence[Tensor]):
         kind = reference.CONTROLLERS[controller]
-        inputs, memory, read_weights, write_weights, reads, state, weights, *heads = ops.nested(tensors, controller)
+        inputs, memory, read_weights, write_weights, reads, state, weights, *heads = ops.nested(
+            tensors, controller, last=2
+        )
         self.heads_weight, self.heads_bias = heads
         self.keep = keep
         self.steps, self.batch, _ = inputs.shape
@@ -335,13 +337,21 @@ class _Sequence(torch.autograd.Function):
         saved = ctx.saved_tensors
         tensors, outputs = saved[:-3], saved[-3:]
         if torch.is_grad_enabled():
-            twin = functools.partial(ops.flat_sequence, **ctx.options)
+            twin = functools.partial(_flat, **ctx.options)
             return None, None, *ops.grads_through(twin, tensors, grads)
         with _native.without_autocast(saved[0].device.type):  # backward may be called in autocast
             found = ctx.tape.backward(ctx.needs_input_grad[2], outputs, grads)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.tape = None  # as saved tensors are, rather than when the last output goes
         return None, None, *found
+
+
+def _flat(*tensors: Tensor, controller: str, **options) -> tuple[Tensor, ...]:
+    """The reference, tensors in a row in and out."""
+    *outputs, state = reference.unroll(
+        reference, *ops.nested(tensors, controller, last=2), controller=controller, **options
+    )
+    return *outputs, *state
 
 
 def _tape(controller: str, options: dict, keep: bool, needs_inputs: bool, tensors: tuple[Tensor, ...]):
@@ -358,7 +368,7 @@ def can_serve(device_type: str) -> bool:
 
 
 def run(*arguments, controller: str, **options) -> tuple:
-    """:func:`ops.ntm_sequence`, its arguments checked, no empty batch; ``options`` are those of memory_step."""
+    """:func:`reference.unroll`, its arguments checked, no empty batch; ``options`` are those of memory_step."""
     tensors = ops.in_a_row(arguments)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return ops.grouped(_Sequence.apply(controller, options, *tensors))

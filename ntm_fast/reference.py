@@ -270,8 +270,9 @@ def unroll(
     records: list | None = None,
     **options,
 ) -> tuple:
-    """:func:`ntm_sequence` step by step around ``kernels``, which has ``memory_step`` and the gates: :mod:`ops` or
-    this module. ``records`` collects each step's read weights, write weights, reads and raw head parameters.
+    """:func:`ntm_sequence` up to its output layer, step by step around ``kernels``, which has ``memory_step`` and the
+    gates: :mod:`ops` or this module -> features (T, B, H + R M), the last layer's h_t and r_t, and the final state.
+    ``records`` collects each step's read weights, write weights, reads and raw head parameters.
     """
     kind = CONTROLLERS[controller]
     layers = [kind.layer(kernels, own) for own in by_layer(weights, len(kind.weights))]
@@ -305,6 +306,8 @@ def ntm_sequence(
     weights: Sequence[Tensor],
     heads_weight: Tensor,
     heads_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
     *,
     controller: str = "lstm",
     shift_range: int,
@@ -316,12 +319,13 @@ def ntm_sequence(
     memory_checkpoint: str | int = "auto",
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """A whole sequence: controller, heads and memory through all T steps.
+    """A whole sequence: controller, heads, memory and output layer through all T steps.
 
     ::
 
         h_t = controller([x_t, r_{t-1}])        params_t = W_heads h_t + b_heads
         r_t, memory and weights = memory_step(memory, weights, params_t)
+        y_t = W_output [h_t, r_t] + b_output
 
     Args:
         inputs: (T, B, I), T at least 1.
@@ -333,6 +337,7 @@ def ntm_sequence(
             layer, (G, H); weight_hh (G, H); bias_ih and bias_hh (G,). G is 4H for an LSTM, 3H for a GRU; feedforward
             layers of tanh units, G = H, have weight_ih and bias_ih alone.
         heads_weight, heads_bias: (P, H) and (P,), where P is :func:`params_size`.
+        output_weight, output_bias: (O, H + R M) and (O,).
         controller: ``"lstm"``, ``"gru"`` or ``"feedforward"``.
         shift_range, read_first, key_activation, add_activation, clip, eps: as in :func:`memory_step`.
         memory_checkpoint: which memories the native backward keeps: ``"all"``, those of every K-th step for a number
@@ -340,15 +345,14 @@ def ntm_sequence(
         lengths: reserved for sequences of different lengths in a batch.
 
     Returns:
-        features (T, B, H + R M), the last layer's h_t and r_t, of which outputs are a linear function; then the final
-        memory, read_weights, write_weights, reads and controller's state, a tuple.
+        outputs (T, B, O); then the final memory, read_weights, write_weights, reads and controller's state, a tuple.
 
     Raises:
         NotImplementedError: ``lengths`` is not None.
         TypeError, ValueError: from :mod:`ops`, naming the argument whose type, shape, dtype or device is wrong.
     """
     check_lengths(lengths)
-    return unroll(
+    features, *final = unroll(
         sys.modules[__name__],
         inputs,
         memory,
@@ -367,6 +371,7 @@ def ntm_sequence(
         clip=clip,
         eps=eps,
     )
+    return F.linear(features, output_weight, output_bias), *final
 
 
 def check_lengths(lengths: Tensor | None) -> None:

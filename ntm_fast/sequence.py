@@ -1,8 +1,8 @@
 """The kernels of ``ntm_sequence``: all T steps in one native call forward and one backward.
 
 The native loop does what is recurrent. Every weight gradient is one large product after it, from the gradients of the
-gates and of the raw head parameters that it leaves, and on CUDA the inputs' share of the first layer's gates is one
-before it.
+gates and of the raw head parameters that it leaves. On CUDA the inputs' share of the first layer's gates is one before
+it and the output layer one behind, which the CPU's loop multiplies itself.
 
 Arguments are named and shaped as those of :func:`reference.ntm_sequence`.
 """
@@ -56,12 +56,12 @@ def why_no_room(device: torch.device, dtype: torch.dtype, machine: Machine, back
     if not _native.limited(device.type):
         return None
     controller, L, H, (N, M), (R, W), shift_range = machine
-    sizes = 1, 1, 1, L, H, controller == "gru", 1, R, W, N, M, 2 * shift_range + 1, 1
+    sizes = 1, 1, 1, 1, L, H, controller == "gru", 1, R, W, N, M, 2 * shift_range + 1, 1, 0
     options = _native.step_scalars(False, "tanh", "tanh", None, 1.0)
     if backward:
-        name, values = "ntm_sequence_backward", [0] * (1 + 6 + 1 + 10 + 1 + 6 + 6 + 4)
+        name, values = "ntm_sequence_backward", [0] * (1 + 6 + 1 + 11 + 1 + 6 + 6 + 4)
     else:
-        name, values = "ntm_sequence", [0] * (1 + 1 + 1 + 6 + 6 + 10)
+        name, values = "ntm_sequence", [0] * (1 + 1 + 1 + 1 + 6 + 6 + 11)
     return _native.refusal(name, device.type, device.index, dtype is torch.float64, *sizes, *options, *values)
 
 
@@ -87,66 +87,90 @@ class Trail(NamedTuple):
     hidden: Tensor  # (L-1, T, B, H)  of the layers below the last
     cell: Tensor  # (L, T, B, H)  LSTM
     params: Tensor  # (T, B, P)
+    features: Tensor  # (T, B, H + R M)  what the outputs are made of
     read_weights: Tensor  # (T, B, R, N)
     write_weights: Tensor  # (T, B, W, N)
     memory: Tensor  # ((T-1) // every, B, M, N)
+    active: Tensor  # (T, B, A)  CPU: the heads' parameters, activated
+
+
+X, FEATURES = (Trail._fields.index(name) for name in ("x", "features"))
 
 
 class _Plan(NamedTuple):
-    """Of T steps, B elements, I inputs, L layers of H units with G gates: what everything else follows from."""
+    """Of T steps, B elements, I inputs, O outputs, L layers of H units with G gates: what all else follows from."""
 
     T: int
     B: int
     I: int
+    O: int
     L: int
     H: int
     G: int
     gru: bool
-    scalars: tuple  # as the native functions take them
+    takes_ends: bool  # whether the native loop multiplies inputs and features too
+    sizes: tuple  # as the native functions take them
+    options: tuple  # as these do
     minor: tuple  # the strides of a memory (B, N, M) in the native layout, [B, M, N]
-    features: tuple[int, ...]  # a shape
     final: list[tuple[int, ...]]  # the shapes of the final state in the native layout
-    trail: list[tuple[int, ...]]  # those of the trail besides x
+    trail: list[tuple[int, ...]]  # those of the trail
 
 
 def _make_plan(
-    options: tuple, keep: bool, inputs, memory, read_weights, write_weights, state, heads, item, device_type
+    options: tuple,
+    keep: bool,
+    inputs,
+    memory,
+    read_weights,
+    write_weights,
+    state,
+    heads,
+    output,
+    item,
+    device_type,
+    takes_ends: bool,
 ) -> _Plan:
-    """Of the options, the tensors' shapes, the bytes of a number and the device's type."""
+    """Of the options, the tensors' shapes, the bytes of a number, the device's type and what its kernels do."""
     options = Options(*options)
     (T, B, I), (_, N, M), (_, R, _), (_, W, _) = inputs, memory, read_weights, write_weights
-    (L, _, H), (P, _) = state, heads
+    (L, _, H), (P, _), (O, _) = state, heads, output
     gru = options.controller == "gru"
-    G = (3 if gru else 4) * H
+    G, K = (3 if gru else 4) * H, 2 * options.shift_range + 1
     every = kept_every(options.memory_checkpoint or "auto", T, B * N * M * item, device_type) if keep else T
-    step = B, R, W, N, M, 2 * options.shift_range + 1
+    step = B, R, W, N, M, K
     states = [(L, B, H)] * (1 if gru else 2)
     trail = [
+        (T, B, G),
         (L - 1, T, B, G),
         (L if gru else 0, T, B, G),
         (L - 1, T, B, H),
         (0 if gru else L, T, B, H),
         (T, B, P),
+        (T, B, H + R * M),
         (T, B, R, N),
         (T, B, W, N),
         ((T - 1) // every, B, M, N),
+        (T if takes_ends else 0, B, (R + W) * (M + K + 3 * (K + 3)) + 2 * W * M),
     ]
     return _Plan(
-        *(T, B, I, L, H, G, gru),
-        scalars=(T, B, I, L, H, gru, *step, every, *_native.step_scalars(*options[2:7])),
+        *(T, B, I, O, L, H, G, gru, takes_ends),
+        sizes=(T, B, I, O, L, H, gru, *step, every),
+        options=_native.step_scalars(*options[2:7]),
         minor=(N * M, 1, N),
-        features=(T, B, H + R * M),
         final=[(B, M, N), (B, R, N), (B, W, N), (B, R, M), *states],
-        trail=trail if keep else [],
+        trail=trail,
     )
 
 
 _remembered_plan = functools.lru_cache(maxsize=1024)(_make_plan)
 
 
-def _plan(options, keep, inputs, memory, read_weights, write_weights, state, heads, make=_remembered_plan) -> _Plan:
+def _plan(
+    options, keep, inputs, memory, read_weights, write_weights, state, heads, output, make=_remembered_plan
+) -> _Plan:
     shapes = inputs.shape, memory.shape, read_weights.shape, write_weights.shape, state[0].shape, heads.shape
-    return make(options, keep, *shapes, inputs.element_size(), inputs.device.type)
+    kind = inputs.device.type
+    return make(options, keep, *shapes, output.shape, inputs.element_size(), kind, not _native.limited(kind))
 
 
 _empty = _native.empty
@@ -157,11 +181,19 @@ def _native_layout(
 ) -> list[Tensor]:
     """A state as it lies in the native layout."""
     if memory.stride() != plan.minor:
-        if memory.stride(0) == 0:  # one memory for the whole batch: transposed once
-            memory = memory[:1].mT.contiguous().expand(plan.B, -1, -1).contiguous()
-        else:
-            memory = memory.mT.contiguous()
+        memory = memory.mT.contiguous()
     return [memory, *_contiguous((read_weights, write_weights, reads, *state))]
+
+
+def _initial(
+    plan: _Plan, memory: Tensor, read_weights: Tensor, write_weights: Tensor, reads: Tensor, state: Sequence[Tensor]
+) -> tuple[list[Tensor], bool]:
+    """The initial state as it lies in the native layout, and whether it is one for the whole batch."""
+    of_elements = memory, read_weights, write_weights, reads
+    shared = all([x.stride(0) == 0 for x in of_elements]) and all([x.stride(1) == 0 for x in state])
+    if shared:
+        of_elements, state = [x[:1] for x in of_elements], [x[:, :1] for x in state]
+    return _native_layout(plan, *of_elements, state), shared
 
 
 def _addresses(plan: _Plan, state: Sequence[Tensor]) -> list[int]:
@@ -177,16 +209,16 @@ def _table(tensors: Sequence[Tensor]) -> array:
     return array("Q", [tensor.data_ptr() for tensor in tensors])
 
 
-def allocate(plan: _Plan, inputs: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The features, the final state in the native layout and the trail besides x, uninitialised."""
+def allocate(plan: _Plan, inputs: Tensor, keep: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The outputs, the final state in the native layout and the trail, uninitialised; no trail unless it is kept."""
     final = [_empty(inputs, shape) for shape in plan.final]
-    trail = [_empty(inputs, shape) for shape in plan.trail]
-    return _empty(inputs, plan.features), final, trail
+    trail = [_empty(inputs, shape) for shape in plan.trail] if keep else []
+    return _empty(inputs, (plan.T, plan.B, plan.O)), final, trail
 
 
-def _results(features: Tensor, final: list[Tensor], trail: list[Tensor]) -> tuple:
+def _results(outputs: Tensor, final: list[Tensor], trail: list[Tensor]) -> tuple:
     memory, read_weights, write_weights, reads, *state = final
-    return features, memory.mT, read_weights, write_weights, reads, state, trail
+    return outputs, memory.mT, read_weights, write_weights, reads, state, trail
 
 
 def forward(
@@ -199,47 +231,62 @@ def forward(
     weights: Sequence[Tensor],
     heads_weight: Tensor,
     heads_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
     *rest,
 ) -> tuple:
-    """``rest``: the :class:`Options`, and ``keep``, whether there will be a backward -> features, the final memory,
-    read weights, write weights, reads and controller's state, and the trail: empty lists where there is none.
+    """``rest``: the :class:`Options`, and ``keep``, whether there will be a backward -> outputs, the final memory, read
+    weights, write weights, reads and controller's state, and the trail, an empty list where none is kept.
     """
     keep = rest[-1]
-    plan = _plan(rest[:-1], keep, inputs, memory, read_weights, write_weights, state, heads_weight)
-    initial = _native_layout(plan, memory, read_weights, write_weights, reads, state)
-    weights = _contiguous((*weights, heads_weight, heads_bias))
+    plan = _plan(rest[:-1], keep, inputs, memory, read_weights, write_weights, state, heads_weight, output_weight)
+    initial, shared = _initial(plan, memory, read_weights, write_weights, reads, state)
+    weights = _contiguous((*weights, heads_weight, heads_bias, output_weight, output_bias))
     table = _table(weights)
-    features, final, trail = allocate(plan, inputs)
+    outputs, final, trail = allocate(plan, inputs, keep)
     (inputs,) = _contiguous([inputs])
-    multiplies = _native.limited(inputs.device.type)  # here, what the CPU's loop multiplies itself
-    x = _empty(inputs, (plan.T, plan.B, plan.G)) if keep or multiplies else None
-    if multiplies:
+    kept = [tensor.data_ptr() for tensor in trail] if keep else [0] * len(Trail._fields)
+    if not plan.takes_ends:
+        x, features = (trail[i] if keep else _empty(inputs, plan.trail[i]) for i in (X, FEATURES))
+        kept[X], kept[FEATURES] = x.data_ptr(), features.data_ptr()
         torch.mm(inputs.view(-1, plan.I), weights[0][:, : plan.I].t(), out=x.view(-1, plan.G))
-    kept = [tensor.data_ptr() for tensor in trail] if keep else [0] * (len(Trail._fields) - 1)
     _native.call(
         "ntm_sequence",
         inputs,
-        *plan.scalars,
+        *plan.sizes,
+        shared,
+        *plan.options,
         keep,
         table.buffer_info()[0],
         inputs.data_ptr(),
+        outputs.data_ptr(),
         *_addresses(plan, initial),
         *_addresses(plan, final),
-        0 if x is None else x.data_ptr(),
-        *kept[:5],  # to params
-        features.data_ptr(),
-        *kept[5:],
+        *kept,
     )
-    return _results(features, final, [x, *trail] if keep else [])
+    if not plan.takes_ends:
+        torch.addmm(weights[-1], features.flatten(0, 1), weights[-2].t(), out=outputs.view(-1, plan.O))
+    return _results(outputs, final, trail)
 
 
-def fake(inputs, memory, read_weights, write_weights, reads, state, weights, heads_weight, heads_bias, *rest) -> tuple:
+def fake(
+    inputs,
+    memory,
+    read_weights,
+    write_weights,
+    reads,
+    state,
+    weights,
+    heads_weight,
+    heads_bias,
+    output_weight,
+    output_bias,
+    *rest,
+) -> tuple:
     """:func:`forward` on shapes alone."""
-    keep = rest[-1]
-    # Sizes may be symbols, which cannot be remembered.
-    plan = _plan(rest[:-1], keep, inputs, memory, read_weights, write_weights, state, heads_weight, _make_plan)
-    features, final, trail = allocate(plan, inputs)
-    return _results(features, final, [_empty(inputs, (plan.T, plan.B, plan.G)), *trail] if keep else [])
+    keep, shaped = rest[-1], (inputs, memory, read_weights, write_weights, state, heads_weight, output_weight)
+    plan = _plan(rest[:-1], keep, *shaped, make=_make_plan)  # sizes may be symbols, which cannot be remembered
+    return _results(*allocate(plan, inputs, keep))
 
 
 def backward(
@@ -252,72 +299,77 @@ def backward(
     weights: Sequence[Tensor],
     heads_weight: Tensor,
     heads_bias: Tensor,
-    features: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
     final_memory: Tensor,
     trail: Sequence[Tensor],
-    grad_features: Tensor,
-    grad_memory: Tensor,
-    grad_read_weights: Tensor,
-    grad_write_weights: Tensor,
-    grad_reads: Tensor,
-    grad_state: Sequence[Tensor],
+    grad_outputs: Tensor,
+    grad_final: Sequence[Tensor],
     *rest,
     spend: bool = False,
 ) -> list[Tensor]:
-    """``rest``: the :class:`Options`, and whether the inputs' gradient is needed.
+    """``rest``: the :class:`Options`, and whether the inputs' gradient is needed. ``grad_final``: the gradients of the
+    final memory, read weights, write weights, reads and controller's state, in a row; none when all are 0.
 
     -> gradients of the initial memory, read weights, write weights, reads and controller's state, of the weights, of
-    the heads' weight and bias and, if needed, of the inputs. With ``spend`` the trail is good for no other backward.
+    the weight and bias of heads and output layer and, if needed, of the inputs. With ``spend`` the trail is good for no
+    other backward.
     """
     needs_inputs = rest[-1]
-    plan = _plan(rest[:-1], True, inputs, memory, read_weights, write_weights, state, heads_weight)
-    T, B, I, L, H, G, gru, *_ = plan
-    features, grad_features, trail = features.contiguous(), grad_features.contiguous(), Trail(*trail)
-    initial = _native_layout(plan, memory, read_weights, write_weights, reads, state)
+    plan = _plan(rest[:-1], True, inputs, memory, read_weights, write_weights, state, heads_weight, output_weight)
+    T, B, I, O, L, H, G, *_ = plan
+    grad_outputs, trail = grad_outputs.contiguous(), Trail(*trail)
+    initial, shared = _initial(plan, memory, read_weights, write_weights, reads, state)
     final_memory = final_memory.transpose(1, 2).contiguous()
-    grad_final = _native_layout(plan, grad_memory, grad_read_weights, grad_write_weights, grad_reads, grad_state)
+    after = [0] * 6
+    if grad_final:
+        grad_final = _native_layout(plan, *grad_final[:4], grad_final[4:])
+        after = _addresses(plan, grad_final)
     grad = [_empty(inputs, shape) for shape in plan.final]
     # A step's gates are done with when their gradients are known: these may take their place.
     gates = trail.x, trail.upper_x, trail.y
     grad_x, grad_upper_x, grad_y = gates if spend else (_empty(inputs, tensor.shape) for tensor in gates)
     grad_params = _empty(inputs, trail.params.shape)
-    weights = _contiguous((*weights, heads_weight, heads_bias))
+    weights = _contiguous((*weights, heads_weight, heads_bias, output_weight, output_bias))
     table = _table(weights)
-    *kept, all_read_weights, all_write_weights, all_memory = trail
     initial_addresses = _addresses(plan, initial)
-    trail_addresses = [x.data_ptr() for x in (*kept, features, all_read_weights, all_write_weights, all_memory)]
+    trail_addresses = [tensor.data_ptr() for tensor in trail]
     of_gates = grad_x, grad_upper_x, grad_y, grad_params
     grad_addresses = [tensor.data_ptr() for tensor in of_gates]
-    _native.call(
-        "ntm_sequence_backward",
-        inputs,
-        *plan.scalars,
-        table.buffer_info()[0],
-        *initial_addresses,
-        final_memory.data_ptr(),
-        *trail_addresses,
-        grad_features.data_ptr(),
-        *_addresses(plan, grad_final),
-        *_addresses(plan, grad),
-        *grad_addresses,
-    )
-
     with _native.without_autocast(inputs.device.type):
+        grad_features = grad_outputs if plan.takes_ends else (grad_outputs.view(-1, O) @ output_weight)
+        _native.call(
+            "ntm_sequence_backward",
+            inputs,
+            *plan.sizes,
+            shared,
+            *plan.options,
+            table.buffer_info()[0],
+            *initial_addresses,
+            final_memory.data_ptr(),
+            *trail_addresses,
+            grad_features.data_ptr(),
+            *after,
+            *_addresses(plan, grad),
+            *grad_addresses,
+        )
         if _native.why_not(inputs.device.type, inputs.dtype is torch.float64, "ntm_sequence_weight_gradients") is None:
             grad_weights = [_empty(inputs, weight.shape) for weight in weights]
             (inputs,), grad_table = _contiguous([inputs]), _table(grad_weights)
             _native.call(
                 "ntm_sequence_weight_gradients",
                 inputs,
-                *plan.scalars[:-5],  # the sizes
+                *plan.sizes,
+                shared,
                 inputs.data_ptr(),
                 *initial_addresses,
                 *trail_addresses,
+                grad_outputs.data_ptr(),
                 *grad_addresses,
                 grad_table.buffer_info()[0],
             )
         else:
-            grad_weights = weight_gradients(plan, inputs, reads, state[0], features, trail.hidden, *of_gates)
+            grad_weights = weight_gradients(plan, inputs, reads, state[0], trail, grad_outputs, *of_gates)
         grad_memory, *grad_rest = grad
         found = [grad_memory.transpose(1, 2), *grad_rest, *grad_weights]
         if needs_inputs:
@@ -330,16 +382,17 @@ def weight_gradients(
     inputs: Tensor,
     reads: Tensor,
     initial_hidden: Tensor,
-    features: Tensor,
-    lower_hidden: Tensor,
+    trail: Trail,
+    grad_outputs: Tensor,
     grad_x: Tensor,
     grad_upper_x: Tensor,
     grad_y: Tensor,
     grad_params: Tensor,
 ) -> list[Tensor]:
-    """The gradients of the weights and of the heads' weight and bias, where no native kernel computes them."""
-    T, B, _, L, H, G, gru, *_ = plan
-    hidden = [*lower_hidden, features[..., :H]]
+    """The gradients of the weights, of the heads' and of the output layer's, where no native kernel computes them."""
+    T, B, _, O, L, H, G, gru, *_ = plan
+    features = trail.features
+    hidden = [*trail.hidden, features[..., :H]]
     grad_weights = []
     for layer in range(L):
         # What the layer met at every step, side by side: its inputs or the layer below, the reads, its hidden state.
@@ -358,14 +411,27 @@ def weight_gradients(
             grad_weight_ih, grad_weight_hh = (part.contiguous() for part in (x.t() @ met).split([fed, H], 1))
             grad_bias_hh = grad_bias_ih.clone()
         grad_weights += grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh
-    params = grad_params.flatten(0, 1)
-    return [*grad_weights, params.t() @ hidden[-1].flatten(0, 1), params.sum(0)]
+    for grad, fed in (grad_params, hidden[-1]), (grad_outputs, features):
+        grad = grad.flatten(0, 1)
+        grad_weights += grad.t() @ fed.flatten(0, 1), grad.sum(0)
+    return grad_weights
 
 
 def fake_backward(
-    inputs, memory, read_weights, write_weights, reads, state, weights, heads_weight, heads_bias, *rest
+    inputs,
+    memory,
+    read_weights,
+    write_weights,
+    reads,
+    state,
+    weights,
+    heads_weight,
+    heads_bias,
+    output_weight,
+    output_bias,
+    *rest,
 ) -> list[Tensor]:
     """:func:`backward` on shapes alone."""
     minor = memory.new_empty(memory.shape[0], memory.shape[2], memory.shape[1]).transpose(1, 2)
-    others = read_weights, write_weights, reads, *state, *weights, heads_weight, heads_bias
+    others = read_weights, write_weights, reads, *state, *weights, heads_weight, heads_bias, output_weight, output_bias
     return [minor, *(x.new_empty(x.shape) for x in (*others, *([inputs] if rest[-1] else [])))]

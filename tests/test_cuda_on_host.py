@@ -169,25 +169,27 @@ def operator_arrays(name: str, values: tuple) -> tuple[tuple, list[Array]]:
 
 def sequence_arrays(name: str, values: tuple) -> tuple[tuple, list[Array]]:
     """The same of a whole sequence, whose parameters csrc/core/sequence.h describes."""
-    T, B, I, L, H, gru, _, R, W, N, M, K, every = values[:13]
+    T, B, I, O, L, H, gru, _, R, W, N, M, K, every, shared = values[:15]
     G, F, P = (3 if gru else 4) * H, R * M, (R + W) * (M + K + 3) + 2 * W * M
     forward = name == "ntm_sequence"
-    scalars = values[: 19 if forward else 18]
+    scalars = values[: 21 if forward else 20]
     keep = not forward or scalars[-1]
-    state = [B * M * N, B * R * N, B * W * N, B * F, L * B * H, 0 if gru else L * B * H]
+    numbers = [M * N, R * N, W * N, F, L * H, 0 if gru else L * H]
+    state, initial = [B * n for n in numbers], [n if shared else B * n for n in numbers]
     kept = [(L - 1) * T * B * G, L * T * B * G * gru, (L - 1) * T * B * H, L * T * B * H * (not gru), T * B * P]
     kept_after = [T * B * R * N, T * B * W * N, (T - 1) // every * B * M * N]
     x, features = T * B * G, T * B * (H + F)
-    trail = [x, *(n * keep for n in kept), features, *(n * keep for n in kept_after)]
+    trail = [x, *(n * keep for n in kept), features, *(n * keep for n in kept_after), 0]
     layer = lambda l: [G * ((F if not l else H) + (0 if l else I)), G * H, G, G]  # noqa: E731
-    weights = [n for l in range(L) for n in layer(l)] + [P * H, P]
+    weights = [n for l in range(L) for n in layer(l)] + [P * H, P, O * (H + F), O]
     table = ctypes.cast(values[len(scalars)], ctypes.POINTER(ctypes.c_uint64))
     if forward:
-        roles = ["in"] * (1 + len(state)) + ["out"] * len(state)
+        roles = ["in"] * (2 + len(state)) + ["out"] * len(state)
         roles += ["both" if keep else "in", *["out"] * (len(trail) - 1)]
-        counts = [T * B * I, *state, *state, *trail]
+        counts = [T * B * I, 0, *initial, *state, *trail]
     else:
-        counts = [*state, state[0], *trail, features, *state]
+        given = bool(values[len(scalars) + 20])  # the gradient of the final state
+        counts = [*initial, state[0], *trail, features, *(n * given for n in state)]
         roles = ["in"] * len(counts) + ["out"] * (len(state) + 4)
         counts += [*state, x, kept[0], kept[1], kept[4]]
     addresses = [*(table[i] for i in range(len(weights))), *values[len(scalars) + 1 :]]

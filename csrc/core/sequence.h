@@ -1,7 +1,7 @@
 // A whole sequence: the controller, the heads and the memory through all T steps, for a tile of batch elements that
 // stays in cache or in shared memory. What is not recurrent is left outside: the gradients of the gates and of the raw
 // head parameters go out, to become weight gradients in one product, and the inputs' share of the first layer's gates
-// may come in from one.
+// may come in from one, as the output layer may be one behind.
 //
 // The Team here is one of several: it works together on the controller's products, and each of its teams on elements of
 // its own. It provides
@@ -11,7 +11,8 @@
 //                        out[e, c] += sum_k in[e, k] weight[k, c], rows contiguous, weight packed
 //   elements(E, f)       calls f(own, e, room) for every element, shared out over teams, own, that team.h describes;
 //                        room is a number less than rooms(E) that no two of them have at once
-//   takes_inputs         whether it multiplies the inputs too, beside what else feeds the first layer
+//   takes_ends           whether it multiplies what is not recurrent too: the inputs, beside what else feeds the first
+//                        layer, and the features, which become outputs; it is a single thread then
 //   holds_memory         whether memories, too, are copied to scratch where it is staged
 //   scratch()            where the tile's scratch begins
 //   again(n)             n, from which is computed anew what follows: else a GPU would keep it in registers from phase
@@ -23,20 +24,23 @@
 
 namespace ntm {
 
-// T steps, B elements, I inputs, L layers of H units. The step's sizes are those of one memory.
+// T steps, B elements, I inputs, O outputs, L layers of H units. The step's sizes are those of one memory.
 struct SequenceSizes {
     Index T;
     Size B;
-    Index I, L, H;
+    Index I, O, L, H;
     int gru;  // else LSTM
     StepSizes step;
     Index every;  // a memory is kept before every such step, counted from 0; step 0 has its own
+    int shared;   // the initial state is one for all elements: in place of B, its sizes have 1
 
     constexpr Index gates() const { return (gru ? 3 : 4) * H; }
     constexpr Index read_size() const { return step.R * step.M; }
     constexpr Index fed(Index layer) const { return layer ? H : read_size(); }
     constexpr Index widest() const { return (L > 1 && H > read_size() ? H : read_size()) + H; }  // of what is joined
+    constexpr Index features() const { return H + read_size(); }
     constexpr Size memory() const { return step.memory(); }
+    constexpr Size initial(Size b) const { return shared ? 0 : b; }  // whose initial state element b has
 };
 
 // Weights of a layer: packed for the direction in which they are used, and the biases.
@@ -54,6 +58,8 @@ struct SequenceWeights {
     const LayerWeights<T>* layers;  // [L]
     const T* heads;                 // packed: H -> P, backward: P -> H
     const T* heads_bias;            // [P]
+    const T* output;                // packed: features -> O, backward: O -> features; where the team takes the ends
+    const T* output_bias;           // [O]
 };
 
 template <class T>
@@ -68,7 +74,7 @@ struct SequenceState {
 
 // Of the Team, what its scratch depends on.
 struct SequenceStaging {
-    bool staged, takes_inputs, holds_memory;
+    bool staged, takes_ends, holds_memory;
     Size rooms;
 };
 
@@ -92,6 +98,14 @@ NTM_FN TileState<T> tile_of(const SequenceSizes& s, const SequenceState<T>& all,
             s.B};
 }
 
+// The initial state of element b, in place
+template <class T>
+NTM_FN TileState<const T> initial_of(const SequenceSizes& s, const SequenceState<const T>& initial, Size b) {
+    TileState<const T> own = tile_of(s, initial, s.initial(b));
+    if (s.shared) own.span = 1;
+    return own;
+}
+
 // In scratch, where the team is staged; else in place.
 template <class Team, class T>
 NTM_FN TileState<T> hold(const Team&, Arena<T>& arena, const SequenceSizes& s, Size E, const TileState<T>& place) {
@@ -102,12 +116,16 @@ NTM_FN TileState<T> hold(const Team&, Arena<T>& arena, const SequenceSizes& s, S
     return {{memory, read_weights, write_weights, reads, hidden, s.gru ? nullptr : arena.take(s.L * E * s.H)}, E};
 }
 
-// Element e's whole state, from one tile to another.
+// Element e's whole state becomes that of an element of another tile, or 0 where there is none.
 template <class Team, class T>
-NTM_FN void copy_state(const Team& team, const SequenceSizes& s, Size e, const TileState<const T>& from,
-                       const TileState<T>& to) {
+NTM_FN void copy_state(const Team& team, const SequenceSizes& s, bool some, Size element,
+                       const TileState<const T>& from, Size e, const TileState<T>& to) {
     auto part = [&](Size size, const T* source, T* target) NTM_INLINE {
-        if (source + e * size != target + e * size) copy(team, size, source + e * size, target + e * size);
+        source += element * size, target += e * size;
+        if (!some)
+            clear(team, size, target);
+        else if (source != target)
+            copy(team, size, source, target);
     };
     part(s.memory(), from.memory, to.memory);
     part(s.step.R * s.step.N, from.read_weights, to.read_weights);
@@ -139,11 +157,22 @@ struct SequenceTrail {
     T* hidden;         // [L-1, T, B, H]    of the layers below the last
     T* cell;           // [L, T, B, H]      LSTM
     T* params;         // [T, B, P]
-    T* features;       // [T, B, H + R M]   the last layer's hidden state, and the reads
+    T* features;       // [T, B, H + R M]   the last layer's hidden state, and the reads; always left where the team does
+                       //                   not take the ends
     T* read_weights;   // [T, B, R, N]
     T* write_weights;  // [T, B, W, N]
     T* memory;         // [(T-1) / every, B, M, N]
+    T* active;         // [T, B, active()]  the heads' parameters, active; where the team is not staged
 };
+
+// Where a step's activated parameters of element b are left for the backward. A team that is staged leaves none.
+template <class Team, class T>
+NTM_FN auto left_active(const SequenceSizes& s, const SequenceTrail<T>& trail, Size t, Size b) {
+    if constexpr (Team::staged)
+        return nullptr;
+    else
+        return at(s, trail.active, s.step.active(), 0, t, b);
+}
 
 // The products of a layer: an LSTM's one, of what it is fed and its hidden state together, or a GRU's two, second: of the
 // hidden state. In a loop, so that they are compiled once.
@@ -157,30 +186,34 @@ NTM_FN void for_gates(bool gru, F&& product) {
 // that is too far off or nobody wants it after.
 template <class T>
 struct SequenceFrame {
-    T *inner, *joined, *x, *y, *params;
+    T *inner, *joined, *x, *y, *params, *features, *active;
     TileState<T> state;
 
     static constexpr Size scratch(const SequenceSizes& s, Size E, bool keep, const SequenceStaging& g) {
         const Size G = s.gates();
-        return g.rooms * room(s.step.forward_scratch()) + room(E * row(s, g.takes_inputs)) +
-               (g.staged || !keep) * room(E * G, s.gru ? E * G : 0, E * s.step.params()) +
+        return g.rooms * room(s.step.forward_scratch()) + room(E * row(s, g.takes_ends)) +
+               (g.staged || !keep) *
+                   room(E * G, s.gru ? E * G : 0, E * s.step.params(), g.takes_ends * E * s.features(),
+                        g.staged ? 0 : s.step.active()) +
                g.staged * TileState<T>::scratch(s, E, g.holds_memory);
     }
 
     // The most that is joined for a layer's product
-    static constexpr Size row(const SequenceSizes& s, bool takes_inputs) {
-        if (s.gru) return takes_inputs ? s.I + s.read_size() : 0;
-        return takes_inputs * s.I + s.widest();
+    static constexpr Size row(const SequenceSizes& s, bool takes_ends) {
+        if (s.gru) return takes_ends ? s.I + s.read_size() : 0;
+        return takes_ends * s.I + s.widest();
     }
 
     template <class Team>
     NTM_FN SequenceFrame(const Team& team, const SequenceSizes& s, Size E, bool aside, const TileState<T>& place) {
         Arena<T> arena{team.scratch()};
         inner = arena.take(Team::rooms(E) * room(s.step.forward_scratch()));
-        joined = arena.take(E * row(s, Team::takes_inputs));
+        joined = arena.take(E * row(s, Team::takes_ends));
         x = arena.take(aside * E * s.gates());
         y = arena.take(aside * s.gru * E * s.gates());
         params = arena.take(aside * E * s.step.params());
+        features = arena.take(aside * Team::takes_ends * E * s.features());
+        active = arena.take(Team::staged ? 0 : aside * s.step.active());
         state = hold(team, arena, s, E, place);
     }
 };
@@ -188,8 +221,9 @@ struct SequenceFrame {
 // Elements first .. first + E - 1 through all steps, from the initial state to the final one.
 template <class Team, class T = typename Team::Real>
 NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Index E, bool keep,
-                     const SequenceWeights<T>& w, const T* inputs /*[T, B, I]*/, const SequenceState<const T>& initial,
-                     const SequenceState<T>& final, const SequenceTrail<T>& trail) {
+                     const SequenceWeights<T>& w, const T* inputs /*[T, B, I]*/, T* outputs /*[T, B, O]*/,
+                     const SequenceState<const T>& initial, const SequenceState<T>& final,
+                     const SequenceTrail<T>& trail) {
     const Size B = s.B;
     const Index H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
     const Index RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
@@ -199,15 +233,19 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
         if (keep && from != to) copy(own, n, from, to);
     };
     team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
-        copy_state(own, s, e, tile_of(s, initial, first), frame().state);
+        copy_state(own, s, true, 0, initial_of(s, initial, first + e), e, frame().state);
     });
     for (Index t = 0; t < s.T; ++t) {
         auto params_of = [&](const SequenceFrame<T>& f) NTM_INLINE {
             return aside ? f.params : at(s, trail.params, P, 0, t, first);
         };
+        auto features_of = [&](const SequenceFrame<T>& f, Index e) NTM_INLINE {
+            if (Team::takes_ends && aside) return f.features + e * (H + F);
+            return at(s, trail.features, H + F, 0, t, first + e);
+        };
         for (Index l = 0; l < s.L; ++l) {
             const LayerWeights<T>& layer = w.layers[l];
-            const bool takes = Team::takes_inputs && l == 0, joins = takes || !s.gru;
+            const bool takes = Team::takes_ends && l == 0, joins = takes || !s.gru;
             const Index I = takes ? s.I : 0, K = I + s.fed(l);
             auto x_kept = [&]() NTM_INLINE {
                 return l ? at(s, trail.upper_x, G, l - 1, t, first) : at(s, trail.x, G, 0, t, first);
@@ -265,7 +303,7 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
                 if (l + 1 < s.L) {
                     leave(own, H, hidden, at(s, trail.hidden, H, l, t, first + e));
                 } else {
-                    copy(own, H, hidden, at(s, trail.features, H + F, 0, t, first + e));
+                    copy(own, H, hidden, features_of(f, e));
                     copy(own, P, w.heads_bias, params_of(f) + e * P);
                 }
             });
@@ -281,20 +319,31 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
                 const SequenceFrame<T> f = frame();
                 T *memory = f.state.memory + e * MN, *rw = f.state.read_weights + e * RN;
                 T* ww = f.state.write_weights + e * WN;
-                memory_step(own, s.step, o, memory, rw, ww, params_of(f) + e * P, f.state.reads + e * F, memory, rw, ww,
-                            f.inner + room * ntm::room(s.step.forward_scratch()));
+                T* inner = f.inner + room * ntm::room(s.step.forward_scratch());
+                auto step = [&](auto left) NTM_INLINE {
+                    memory_step(own, s.step, o, memory, rw, ww, params_of(f) + e * P, f.state.reads + e * F, memory, rw,
+                                ww, inner, left);
+                };
+                if constexpr (Team::staged)
+                    step(nullptr);
+                else
+                    step(keep ? left_active<Team>(s, trail, t, first + e) : f.active);
             }
             own.sync();
             const SequenceFrame<T> f = frame();
-            copy(own, F, f.state.reads + e * F, at(s, trail.features, H + F, 0, t, first + e) + H);
+            copy(own, F, f.state.reads + e * F, features_of(f, e) + H);
+            if constexpr (Team::takes_ends)
+                copy(own, s.O, w.output_bias, at(s, outputs, s.O, 0, t, first + e));
             leave(own, P, params_of(f) + e * P, at(s, trail.params, P, 0, t, first + e));
             leave(own, RN, f.state.read_weights + e * RN, at(s, trail.read_weights, RN, 0, t, first + e));
             leave(own, WN, f.state.write_weights + e * WN, at(s, trail.write_weights, WN, 0, t, first + e));
         });
+        if constexpr (Team::takes_ends)
+            team.product(E, H + F, s.O, features_of(frame(), 0), w.output, at(s, outputs, s.O, 0, t, first));
     }
     if constexpr (Team::staged)
         team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
-            copy_state(own, s, e, as_const(frame().state), tile_of(s, final, first));
+            copy_state(own, s, true, e, as_const(frame().state), e, tile_of(s, final, first));
         });
 }
 
@@ -311,7 +360,7 @@ struct SequenceGrads {
 // the team is staged, and there it fetches what it reads more than once.
 template <class T>
 struct SequenceBackwardFrame {
-    T *inner, *dr, *dh, *next, *joined;
+    T *inner, *dr, *dh, *next, *joined, *features;
     T *dx, *dy, *dparams, *params;
     T *read_weights, *write_weights, *memories;  // of two steps in turn
     TileState<T> grad;
@@ -319,7 +368,7 @@ struct SequenceBackwardFrame {
     static constexpr Size scratch(const SequenceSizes& s, Size E, const SequenceStaging& g) {
         const Size G = s.gates(), P = s.step.params(), RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
         return g.rooms * room(s.step.backward_scratch()) + g.rooms * room(s.read_size()) + room(E * s.H, E * s.H) +
-               room(s.gru ? 0 : E * s.widest()) +
+               room(s.gru ? 0 : E * s.widest(), g.takes_ends * E * s.features()) +
                g.staged * (room(E * G, s.gru ? E * G : 0, E * P, E * P, 2 * E * RN, 2 * E * WN) +
                            TileState<T>::scratch(s, E, g.holds_memory)) +
                g.holds_memory * room(2 * E * s.memory());
@@ -335,6 +384,7 @@ struct SequenceBackwardFrame {
         dh = arena.take(E * s.H);
         next = arena.take(E * s.H);
         joined = arena.take(s.gru ? 0 : E * s.widest());
+        features = arena.take(Team::takes_ends * E * s.features());
         dx = arena.take(aside * E * G);
         dy = arena.take(aside * s.gru * E * G);
         dparams = arena.take(aside * E * P);
@@ -350,13 +400,14 @@ struct SequenceBackwardFrame {
 constexpr Size sequence_segment(const SequenceSizes& s, Size E) { return s.every == 1 ? 0 : E * s.every * s.memory(); }
 
 // initial: the state before the first step, whose reads are not needed. out.x, upper_x and y may be those of trail.
-// grad_final is the gradient of the final state, grad becomes that of the initial one. Memories between the kept ones
-// are written again, from the kept weights, a segment at a time.
+// grad_outputs is [T, B, O] or, where the team does not take the ends, the features' gradient, [T, B, H + R M].
+// grad_final is the gradient of the final state, all 0 where its memory is nullptr; grad becomes that of the initial
+// one. Memories between the kept ones are written again, from the kept weights, a segment at a time.
 template <class Team, class T = typename Team::Real>
 NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Index E,
                               const SequenceWeights<T>& w, const SequenceState<const T>& initial,
                               const T* final_memory /*[B, M, N]*/, const SequenceTrail<const T>& trail,
-                              const T* grad_features /*[T, B, H + R M]*/, const SequenceState<const T>& grad_final,
+                              const T* grad_outputs, const SequenceState<const T>& grad_final,
                               const SequenceState<T>& grad, const SequenceGrads<T>& out,
                               T* segment /*of sequence_segment*/) {
     using Frame = SequenceBackwardFrame<T>;
@@ -369,27 +420,33 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
         return f.inner + room * ntm::room(s.step.backward_scratch());
     };
     team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
-        copy_state(own, s, e, tile_of(s, grad_final, first), frame().grad);
+        copy_state(own, s, grad_final.memory != nullptr, e, tile_of(s, grad_final, first), e, frame().grad);
     });
     // Step t's segment, begin to end: before its first step the memory was kept that is number `kept`, 0 the initial one.
     Index kept = (s.T - 1) / s.every, begin = kept * s.every, end = s.T;
     auto memory_before = [&](Index step, Index e) NTM_INLINE -> const T* {
         const Size b = first + e;
         if (step == s.T) return final_memory + b * MN;
-        if (step == 0) return initial.memory + b * MN;
+        if (step == 0) return initial.memory + s.initial(b) * MN;
         if (step == begin || step == end) return trail.memory + ((kept - (step == begin)) * B + b) * MN;
         return segment + (e * s.every + step - begin) * MN;
     };
     for (Index t = s.T - 1; t >= 0; --t) {
         auto dparams_kept = [&]() NTM_INLINE { return at(s, out.params, P, 0, t, first); };
         auto dparams_of = [&](const Frame& f) NTM_INLINE { return aside ? f.dparams : dparams_kept(); };
+        auto dfeatures_of = [&](const Frame& f, Index e) NTM_INLINE -> const T* {
+            if (Team::takes_ends) return f.features + e * (H + F);
+            return at(s, grad_outputs, H + F, 0, t, first + e);
+        };
         if (t < begin) end = begin, begin -= s.every, --kept;
         if (t + 1 == end)
             team.elements(E, [&](const auto& own, Index e, Index room) NTM_INLINE {
                 for (Index again = begin; again < t; ++again) {
                     Arena<T> arena{inner_of(frame(), room)};
-                    const Activated<T> active(arena, s.step);
-                    active.write_vectors(own, s.step, o, at(s, trail.params, P, 0, again, first + e));
+                    const auto left = left_active<Team>(s, trail, again, first + e);
+                    const Activated<T> active = place_active(arena, s.step, left);
+                    if constexpr (Team::staged)
+                        active.write_vectors(own, s.step, o, at(s, trail.params, P, 0, again, first + e));
                     own.sync();
                     write(own, s.step.W, s.step.N, s.step.M, memory_before(again, e),
                           at(s, trail.write_weights, WN, 0, again, first + e), active.erase, active.add,
@@ -397,6 +454,13 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
                     own.sync();
                 }
             });
+        if constexpr (Team::takes_ends) {
+            const Frame f = frame();
+            team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
+                clear(own, H + F, f.features + e * (H + F));
+            });
+            team.product(E, s.O, H + F, at(s, grad_outputs, s.O, 0, t, first), w.output, f.features);
+        }
         team.elements(E, [&](const auto& own, Index e, Index room) NTM_INLINE {
             const Frame f = frame();
             const Size b = first + e;
@@ -412,8 +476,9 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
                 before = fetch(two + t % 2 * E * n, before, n);
             };
             const T *before = memory_before(t, e), *after = memory_before(t + 1, e);
-            const T* earlier_rw = t ? at(s, trail.read_weights, RN, 0, t - 1, b) : initial.read_weights + b * RN;
-            const T* earlier_ww = t ? at(s, trail.write_weights, WN, 0, t - 1, b) : initial.write_weights + b * WN;
+            const TileState<const T> start = initial_of(s, initial, b);
+            const T* earlier_rw = t ? at(s, trail.read_weights, RN, 0, t - 1, b) : start.read_weights;
+            const T* earlier_ww = t ? at(s, trail.write_weights, WN, 0, t - 1, b) : start.write_weights;
             const T *rw = at(s, trail.read_weights, RN, 0, t, b), *ww = at(s, trail.write_weights, WN, 0, t, b);
             if constexpr (Team::holds_memory) fetch_both(f.memories, MN, before, after);
             if constexpr (aside) {
@@ -423,14 +488,15 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
             const T* params = fetch(f.params, at(s, trail.params, P, 0, t, b), P);
             T* dr = f.dr + room * ntm::room(F);
             own.tiles(F, [&](auto tile) NTM_INLINE {
-                tile.store(dr, tile.load(at(s, grad_features, H + F, 0, t, b) + H) + tile.load(f.grad.reads + e * F));
+                tile.store(dr, tile.load(dfeatures_of(f, e) + H) + tile.load(f.grad.reads + e * F));
             });
-            copy(own, H, at(s, grad_features, H + F, 0, t, b), f.dh + e * H);
+            copy(own, H, dfeatures_of(f, e), f.dh + e * H);
             own.sync();
             T *dmemory = f.grad.memory + e * MN, *drw = f.grad.read_weights + e * RN;
             T* dww = f.grad.write_weights + e * WN;
             memory_step_backward(own, s.step, o, before, earlier_rw, earlier_ww, params, after, rw, ww, dr, dmemory,
-                                 drw, dww, dmemory, drw, dww, dparams_of(f) + e * P, inner_of(f, room));
+                                 drw, dww, dmemory, drw, dww, dparams_of(f) + e * P, inner_of(f, room),
+                                 left_active<Team>(s, trail, t, b));
         });
         team.sync();
         {
@@ -457,17 +523,18 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
                 const Frame f = frame();
                 const Size b = first + e;
                 const T* x = l ? at(s, trail.upper_x, G, l - 1, t, b) : at(s, trail.x, G, 0, t, b);
+                const TileState<const T> start = initial_of(s, initial, b);
                 T *dh = dh_of(f) + e * H, *dx = dx_of(f) + e * G, *dhidden = dhidden_of(f) + e * H;
                 own.tiles(H, [&](auto tile) NTM_INLINE { tile.store(dh, tile.load(dh) + tile.load(dhidden)); });
                 if (s.gru) {
-                    const T* hidden = !t            ? initial.hidden + (l * B + b) * H
+                    const T* hidden = !t            ? start.hidden + l * start.span * H
                                       : l + 1 < s.L ? at(s, trail.hidden, H, l, t - 1, b)
                                                     : at(s, trail.features, H + F, 0, t - 1, b);
                     gru_gates_backward<true>(own, H, x, at(s, trail.y, G, l, t, b), hidden, dh, dx, dy_of(f) + e * G,
                                              dhidden);
                     clear(own, K, below_of(f) + e * K);
                 } else {
-                    const T* cell = t ? at(s, trail.cell, H, l, t - 1, b) : initial.cell + (l * B + b) * H;
+                    const T* cell = t ? at(s, trail.cell, H, l, t - 1, b) : start.cell + l * start.span * H;
                     T* dcell = f.grad.cell + (l * f.grad.span + e) * H;
                     lstm_gates_backward<true>(own, H, x, cell, at(s, trail.cell, H, l, t, b), dh, dcell, dx, dcell);
                     clear(own, K + H, f.joined + e * (K + H));
@@ -501,7 +568,7 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
     }
     if constexpr (Team::staged)
         team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
-            copy_state(own, s, e, as_const(frame().grad), tile_of(s, grad, first));
+            copy_state(own, s, true, e, as_const(frame().grad), e, tile_of(s, grad, first));
         });
 }
 

@@ -28,9 +28,12 @@ struct StepSizes {
 
     constexpr Size memory() const { return Size(M) * N; }
 
-    // Scratch of one element.
+    // Of a step's activated parameters, one behind the other.
+    constexpr Index active() const { return (R + W) * (M + K + 3 * (K + 3)) + 2 * W * M; }
+
+    // Scratch of one element: no less than an arena takes, by sums so plain that a GPU need not keep them in registers.
     constexpr Size forward_scratch() const {
-        return Size(R + W) * (M + K + 3 * (K + 3)) + 2 * W * M + 7 * 16 + Addressing<float>::scratch(N, K);
+        return Size(active()) + 7 * 16 + Addressing<float>::scratch(N, K);
     }
     constexpr Size backward_scratch() const {
         return forward_scratch() + address_backward_scratch(N, K) + (N + 16) + Size(W) * (N + 16);
@@ -47,13 +50,14 @@ struct Activated {
     T* erase;            // [W, M]
     T* add;              // [W, M]
 
-    NTM_FN Activated(Arena<T>& arena, const StepSizes& s)
-        : key(arena.take((s.R + s.W) * s.M)),
-          shift(arena.take((s.R + s.W) * s.K)),
-          scalars{arena.take((s.R + s.W) * (s.K + 3)), arena.take((s.R + s.W) * (s.K + 3)),
-                  arena.take((s.R + s.W) * (s.K + 3))},
-          erase(arena.take(s.W * s.M)),
-          add(arena.take(s.W * s.M)) {}
+    // take(n): where n numbers of them lie
+    template <class Take>
+    NTM_FN Activated(const StepSizes& s, Take&& take)
+        : key(take((s.R + s.W) * s.M)),
+          shift(take((s.R + s.W) * s.K)),
+          scalars{take((s.R + s.W) * (s.K + 3)), take((s.R + s.W) * (s.K + 3)), take((s.R + s.W) * (s.K + 3))},
+          erase(take(s.W * s.M)),
+          add(take(s.W * s.M)) {}
 
     // The shifts are seen by all after the next sync(), which closing a ring has, all else at once.
     template <class Team>
@@ -85,6 +89,18 @@ private:
     }
 };
 
+// Where they lie: at given, or where that is nullptr in the arena
+template <class T, class Given>
+NTM_FN Activated<T> place_active(Arena<T>& arena, const StepSizes& s, Given given) {
+    T* next = nullptr;
+    if constexpr (present<Given>) next = const_cast<T*>(given);  // which backward only reads
+    return Activated<T>(s, [&](Index count) NTM_INLINE {
+        if constexpr (!present<Given>) return arena.take(count);
+        next += count;
+        return next - count;
+    });
+}
+
 // Both, reads first or last. In a loop, so that each is compiled once.
 template <class Reads, class Writes>
 NTM_FN void in_order(bool reads_first, Reads&& reads, Writes&& writes) {
@@ -97,17 +113,18 @@ NTM_FN void in_order(bool reads_first, Reads&& reads, Writes&& writes) {
     }
 }
 
-// new_memory may be memory, and the new weights the old ones.
-template <class Team, class T = typename Team::Real>
+// new_memory may be memory, and the new weights the old ones. left: where the activated parameters are left behind, of
+// size active(); else they take scratch.
+template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions& o,
                         const T* memory,                                   // [M, N]
                         const T* read_weights, const T* write_weights,     // [R, N], [W, N]
                         const T* params,                                   // [P]
                         T* reads, T* new_memory,                           // [R, M], [M, N]
                         T* new_read_weights, T* new_write_weights,         // [R, N], [W, N]
-                        T* scratch) {
+                        T* scratch, Left left = nullptr) {
     Arena<T> arena{scratch};
-    const Activated<T> active(arena, s);
+    const Activated<T> active = place_active(arena, s, left);
     const Addressing<T> at(arena, s.N, s.K);
     const Index N = s.N, M = s.M, K = s.K;
     const T eps = T(o.eps);
@@ -130,16 +147,16 @@ NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions&
 }
 
 // Recomputes what lies between the inputs and the outputs, and walks back. The gradients of memory and weights may lie
-// where those of the new ones do.
-template <class Team, class T = typename Team::Real>
+// where those of the new ones do. left: the activated parameters, where forward left them.
+template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const StepOptions& o, const T* memory,
                                  const T* read_weights, const T* write_weights, const T* params, const T* new_memory,
                                  const T* new_read_weights, const T* new_write_weights, const T* grad_reads,
                                  const T* grad_new_memory, const T* grad_new_read_weights,
                                  const T* grad_new_write_weights, T* grad_memory, T* grad_read_weights,
-                                 T* grad_write_weights, T* grad_params, T* scratch) {
+                                 T* grad_write_weights, T* grad_params, T* scratch, Left left = nullptr) {
     Arena<T> arena{scratch};
-    const Activated<T> active(arena, s);
+    const Activated<T> active = place_active(arena, s, left);
     const Addressing<T> at(arena, s.N, s.K);
     T* grad_focus = arena.take(s.N);
     T* grad_written = arena.take(s.W * s.N);
@@ -179,7 +196,7 @@ NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const Ste
                          nullptr, grad_write_weights + h * N);
         }
     };
-    active.activate(team, s, o, params);
+    if constexpr (!present<Left>) active.activate(team, s, o, params);
     in_order(!o.read_first, [&]() NTM_INLINE { through_reads(o.read_first ? memory : new_memory); }, through_writes);
 }
 

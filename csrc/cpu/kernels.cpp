@@ -96,7 +96,7 @@ constexpr Size sequence_tile = 8;  // elements that share a pass over the weight
 template <class T>
 struct SequenceThread {
     using Real = T;
-    static constexpr bool staged = false, takes_inputs = true, holds_memory = false;
+    static constexpr bool staged = false, takes_ends = true, holds_memory = false;
     static constexpr Size rooms(Size) { return 1; }
 
     T* own;
@@ -126,7 +126,7 @@ struct PackedSequence {
     }
     static Size size(const SequenceSizes& s, bool backward) {
         const Size G = s.gates();
-        Size total = room(size(s.H, s.step.params(), backward));
+        Size total = room(size(s.H, s.step.params(), backward), size(s.features(), s.O, backward));
         for (Size l = 0; l < s.L; ++l) {
             const Size fed = (backward || l ? 0 : s.I) + s.fed(l);
             total += s.gru ? room(size(fed, G, backward), size(s.H, G, backward))
@@ -169,7 +169,8 @@ struct PackedSequence {
                 layers.push_back({take(G, {fed, hidden}), nullptr, bias, nullptr});
             }
         }
-        weights = {layers.data(), take(P, {{raw[0], s.H, s.H}}), raw[1]};
+        const T* heads = take(P, {{raw[0], s.H, s.H}});
+        weights = {layers.data(), heads, raw[1], take(s.O, {{raw[2], s.features(), s.features()}}), raw[3]};
     }
 };
 
@@ -188,27 +189,28 @@ Error sequence_tiles(const SequenceSizes& s, Size scratch, const Launch& launch,
 
 template <class T>
 Error ntm_sequence(Launch launch, SequenceSizes s, StepOptions o, int keep, const T* const* weights,
-                   const T* inputs, SequenceState<const T> initial, SequenceState<T> final, SequenceTrail<T> trail) {
+                   const T* inputs, T* outputs, SequenceState<const T> initial, SequenceState<T> final,
+                   SequenceTrail<T> trail) {
     if (is_too_large(s, false)) return too_large;
     const PackedSequence<T> packed(s, weights, false);
     if (!packed.storage.get()) return out_of_memory;
     const Size scratch = SequenceFrame<T>::scratch(s, std::min(s.B, sequence_tile), keep != 0, in_place);
     return sequence_tiles<T>(s, scratch, launch, [&](auto team, Size first, Size count) {
-        sequence(team, s, o, first, count, keep != 0, packed.weights, inputs, initial, final, trail);
+        sequence(team, s, o, first, count, keep != 0, packed.weights, inputs, outputs, initial, final, trail);
     });
 }
 
 template <class T>
 Error ntm_sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const T* const* weights,
                             SequenceState<const T> initial, const T* final_memory, SequenceTrail<const T> trail,
-                            const T* grad_features, SequenceState<const T> grad_final, SequenceState<T> grad,
+                            const T* grad_outputs, SequenceState<const T> grad_final, SequenceState<T> grad,
                             SequenceGrads<T> out) {
     if (is_too_large(s, true)) return too_large;
     const PackedSequence<T> packed(s, weights, true);
     if (!packed.storage.get()) return out_of_memory;
     const Size E = std::min(s.B, sequence_tile), scratch = SequenceBackwardFrame<T>::scratch(s, E, in_place);
     return sequence_tiles<T>(s, scratch + sequence_segment(s, E), launch, [&](auto team, Size first, Size count) {
-        sequence_backward(team, s, o, first, count, packed.weights, initial, final_memory, trail, grad_features,
+        sequence_backward(team, s, o, first, count, packed.weights, initial, final_memory, trail, grad_outputs,
                           grad_final, grad, out, team.scratch() + scratch);
     });
 }
@@ -218,14 +220,14 @@ constexpr Size gradient_rows = 128;  // at a time: the gradients of so many outp
 // A thread has some outputs of every weight, so that the order of a sum does not depend on the number of threads.
 template <class T>
 Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const T* inputs, SequenceState<const T> initial,
-                                    SequenceTrail<const T> trail, SequenceGrads<const T> grads,
-                                    T* const* grad_weights) {
-    const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), rows = s.T * B;
+                                    SequenceTrail<const T> trail, const T* grad_outputs,
+                                    SequenceGrads<const T> grads, T* const* grad_weights) {
+    const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), O = s.O, rows = s.T * B;
     const Size shares = launch.threads;
     auto first_of = [=](Size outputs, Size share) {
         return std::min(outputs, (outputs + lanes<T> - 1) / lanes<T> * share / shares * lanes<T>);
     };
-    const Size most = (std::max(G, P) / lanes<T> / shares + 2) * lanes<T>;  // outputs of a thread
+    const Size most = (std::max({G, P, O}) / lanes<T> / shares + 2) * lanes<T>;  // outputs of a thread
     const Size room = most * (std::max(s.I + F, H) + H + 1);
     return parallel<T>(shares, rows * G / shares, room, launch, [=](auto team, Size share, T* sums) {
         const T one = 1;
@@ -235,12 +237,14 @@ Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const T* inp
             return {trail.features + n * (H + F), H + F, H};
         };
         auto hidden_before = [&](Size l, Size n) -> Columns<T> {
-            return n < B ? Columns<T>{initial.hidden + (l * B + n) * H, H, H} : hidden(l, n - B);
+            if (n >= B) return hidden(l, n - B);
+            return {initial.hidden + (l * (s.shared ? 1 : B) + s.initial(n)) * H, s.shared ? 0 : H, H};
         };
         auto reads_before = [&](Size n) -> Columns<T> {
-            if (n < B) return {initial.reads + n * F, F, F};
+            if (n < B) return {initial.reads + s.initial(n) * F, s.shared ? 0 : F, F};
             return {trail.features + (n - B) * (H + F) + H, H + F, F};
         };
+        using Two = std::array<Columns<T>, 2>;
         struct Target {
             T* grad;  // [outputs, columns]
             Size columns;
@@ -270,7 +274,6 @@ Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const T* inp
             auto reads = [&](Size n) { return l ? Columns<T>{} : reads_before(n); };
             if (s.gru) {
                 using Three = std::array<Columns<T>, 3>;
-                using Two = std::array<Columns<T>, 2>;
                 gradients(G, dx, [&](Size n) { return Three{below(n), reads(n), ones}; }, {{to[0], I + R}, {to[2], 1}});
                 gradients(G, grads.y + l * rows * G, [&](Size n) { return Two{hidden_before(l, n), ones}; },
                           {{to[1], H}, {to[3], 1}});
@@ -282,8 +285,9 @@ Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const T* inp
                 copy(team, first_of(G, share + 1) - first, to[2] + first, to[3] + first);
             }
         }
-        gradients(P, grads.params, [&](Size n) { return std::array<Columns<T>, 2>{hidden(s.L - 1, n), ones}; },
-                  {{to[0], H}, {to[1], 1}});
+        gradients(P, grads.params, [&](Size n) { return Two{hidden(s.L - 1, n), ones}; }, {{to[0], H}, {to[1], 1}});
+        auto features = [&](Size n) { return Two{Columns<T>{trail.features + n * (H + F), H + F, H + F}, ones}; };
+        gradients(O, grad_outputs, features, {{to[2], H + F}, {to[3], 1}});
     });
 }
 

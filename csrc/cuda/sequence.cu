@@ -20,7 +20,7 @@ NTM_FN Index forget(Index x) {
 template <class T, bool HoldsMemory>
 struct SequenceBlock {
     using Real = T;
-    static constexpr bool staged = true, takes_inputs = false, holds_memory = HoldsMemory;
+    static constexpr bool staged = true, takes_ends = false, holds_memory = HoldsMemory;
     NTM_FN static constexpr Size rooms(Size E) { return E; }
 
     Group<T> group;
@@ -57,7 +57,9 @@ struct SequenceForward {
 
     template <class Team>
     NTM_FN void operator()(const Team& team, Size first, Size E, const SequenceWeights<T>& w, T*) const {
-        sequence(team, s, o, first, E, keep, w, static_cast<const T*>(nullptr), initial, final, trail);
+        const T* const inputs = nullptr;
+        T* const outputs = nullptr;
+        sequence(team, s, o, first, E, keep, w, inputs, outputs, initial, final, trail);
     }
 };
 
@@ -150,7 +152,7 @@ public:
         PackedLayer<T> heads{};
         heads.first = take({{raw[0], s.H, s.H}, {}, P});
         jobs.push_back(heads);
-        weights = {table, heads.first.to, raw[1]};
+        weights = {table, heads.first.to, raw[1], nullptr, nullptr};
         end = arena.next;
     }
 
@@ -211,7 +213,7 @@ Error through_time(const Launch& launch, const Body& body, const T* const* raw) 
 template <class T>
 void serve_sequence(Operators<T>& table) {
     table.ntm_sequence = [](Launch launch, SequenceSizes s, StepOptions o, int keep, const T* const* weights, const T*,
-                            SequenceState<const T> initial, SequenceState<T> final, SequenceTrail<T> trail) {
+                            T*, SequenceState<const T> initial, SequenceState<T> final, SequenceTrail<T> trail) {
         return through_time(launch, SequenceForward<T>{s, o, keep, initial, final, trail}, weights);
     };
     table.ntm_sequence_backward = [](Launch launch, SequenceSizes s, StepOptions o, const T* const* weights,

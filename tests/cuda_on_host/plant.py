@@ -93,7 +93,7 @@ def _barriers() -> dict[str, tuple[str, int]]:
     for path in sorted(build.CSRC.glob("core/*.h")):
         inside, count = "", 0
         for number, line in enumerate(path.read_text().splitlines()):
-            begins = re.match(r"struct (\w+)|\s*NTM_FN [^(]*?(?!operator)(\w+)\(const Team& team", line)
+            begins = re.match(r"struct (\w+)|\s*NTM_(?:FN|PASS) [^(]*?(?!operator)(\w+)\(const Team& team", line)
             if begins:
                 inside, count = begins[1] or begins[2], 0
             if line.strip() in ("team.sync();", "own.sync();"):

@@ -107,7 +107,7 @@ T take(Call& call) {
     } else if constexpr (std::is_same_v<T, StepOptions>) {
         return take_members<T, int, int, int, double, double>(call);
     } else if constexpr (std::is_same_v<T, SequenceSizes>) {
-        const T s = take_members<T, Index, Size, Index, Index, Index, int, StepSizes, Index>(call);
+        const T s = take_members<T, Index, Size, Index, Index, Index, Index, int, StepSizes, Index, int>(call);
         call.layers = s.L;
         return s;
     } else if constexpr (is_state<T>) {
@@ -115,12 +115,12 @@ T take(Call& call) {
         return take_members<T, P, P, P, P, P, P>(call);
     } else if constexpr (is_trail<T>) {
         using P = decltype(T::memory);
-        return take_members<T, P, P, P, P, P, P, P, P, P, P>(call);
+        return take_members<T, P, P, P, P, P, P, P, P, P, P, P>(call);
     } else if constexpr (is_grads<T>) {
         using P = decltype(T::x);
         return take_members<T, P, P, P, P>(call);
     } else if constexpr (std::is_same_v<T, const float* const*> || std::is_same_v<T, const double* const*>) {
-        for (Size i = 0; i < 4 * call.layers + 2; ++i) call.weights.push_back(take<const void*>(call));
+        for (Size i = 0; i < 4 * call.layers + 4; ++i) call.weights.push_back(take<const void*>(call));
         return reinterpret_cast<T>(call.weights.data());
     } else if constexpr (std::is_pointer_v<T>) {
         return reinterpret_cast<T>(call.arrays[call.next_array++].room.get());

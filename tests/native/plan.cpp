@@ -66,12 +66,12 @@ void check(const Demand& d, const Limits& limits, const Kernels& kernels) {
 // --- whole sequences ---
 
 SequenceSizes sizes(Size B, Index N, Index M, Index H, Index L = 1, Index heads = 1, int gru = 0, Index every = 1) {
-    return {41, B, 9, L, H, gru, {B, heads, heads, N, M, 3}, every};
+    return {41, B, 9, 8, L, H, gru, {B, heads, heads, N, M, 3}, every, 0};
 }
 
 // Numbers of a tile's scratch, by the arena that a kernel takes it from: nothing is left over, nothing short.
 struct Tile {
-    static constexpr bool staged = true, takes_inputs = false;
+    static constexpr bool staged = true, takes_ends = false;
     static constexpr Size rooms(Size E) { return E; }
     char* scratch() const { return nullptr; }
 };
