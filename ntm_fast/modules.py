@@ -201,19 +201,18 @@ class _NTM(nn.Module):
         shapes += [(self.num_layers, *batch, self.hidden_size)] * len(names)
         dtype, device = weight.dtype, weight.device
         tensors += controller
-        if all([isinstance(tensor, Tensor) for tensor in tensors]) and [tensor.shape for tensor in tensors] == shapes:
-            if all([tensor.dtype is dtype and tensor.device == device for tensor in tensors]):
-                return
         for index, (tensor, shape) in enumerate(zip(tensors, shapes)):
+            if isinstance(tensor, Tensor) and tensor.shape == shape:
+                if tensor.dtype is dtype and tensor.device == device:
+                    continue
             name = state._fields[index] if index < 4 else f"controller[{index - 4}]"
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"state.{name}: got {type(tensor).__name__}, expected a Tensor")
             if tensor.shape != shape:
                 raise ValueError(f"state.{name}: got shape {tuple(tensor.shape)}, expected {shape}")
-            if tensor.dtype != dtype or tensor.device != device:
-                raise ValueError(
-                    f"state.{name}: got {tensor.dtype} on {tensor.device}, expected the module's {dtype} on {device}"
-                )
+            raise ValueError(
+                f"state.{name}: got {tensor.dtype} on {tensor.device}, expected the module's {dtype} on {device}"
+            )
 
     def _options(self) -> dict:
         return {

@@ -190,10 +190,9 @@ def _initial(
 ) -> tuple[list[Tensor], bool]:
     """The initial state as it lies in the native layout, and whether it is one for the whole batch."""
     of_elements = memory, read_weights, write_weights, reads
-    shared = all([x.stride(0) == 0 for x in of_elements]) and all([x.stride(1) == 0 for x in state])
-    if shared:
-        of_elements, state = [x[:1] for x in of_elements], [x[:, :1] for x in state]
-    return _native_layout(plan, *of_elements, state), shared
+    if any(x.stride(0) for x in of_elements) or any(x.stride(1) for x in state):  # mostly the first one's
+        return _native_layout(plan, *of_elements, state), False
+    return _native_layout(plan, *[x[:1] for x in of_elements], [x[:, :1] for x in state]), True
 
 
 def _addresses(plan: _Plan, state: Sequence[Tensor]) -> list[int]:
