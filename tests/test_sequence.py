@@ -247,6 +247,7 @@ CHANGES: list[dict[str, Any]] = [
     {"N": 1, "S": 0},
     {"N": 5, "S": 2},
     {"N": 7, "S": 3, "R": 2},
+    {"N": 300, "M": 16, "B": 13},  # memories so large that a CPU's thread takes fewer elements at a time
     *({"M": n} for n in (1, 20)),
     {"M": 1, "R": 3},
     *({"R": r, "W": w} for r, w in ((2, 1), (1, 2), (3, 3))),
@@ -422,7 +423,13 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor], where: Any) -> 
         assert torch.equal(a[name], b[name]), f"{where}: {name} differs by {(a[name] - b[name]).abs().max():.2g}"
 
 
-BITS = [{}, {"layers": 2, "checkpoint": 2}, {"controller": "gru", "R": 2, "W": 2}, {"controller": "gru", "hidden": 33}]
+BITS = [
+    {},
+    {"layers": 2, "checkpoint": 2},
+    {"controller": "gru", "R": 2, "W": 2},
+    {"controller": "gru", "hidden": 33},
+    {"N": 300, "M": 16},
+]
 
 
 # How many of a CUDA block's warps share an element depends on the size of the batch, which may change bits there. Who

@@ -90,7 +90,11 @@ struct OnThreads {
     }
 };
 
-constexpr Size sequence_tile = 8;  // elements that share a pass over the weights
+// Elements that share a pass over the weights: fewer where more memories would crowd the second-level cache.
+template <class T>
+constexpr Size sequence_tile(const SequenceSizes& s) {
+    return s.memory() * sizeof(T) > 16384 ? 4 : 8;
+}
 
 // What a sequence needs: one thread does it all.
 template <class T>
@@ -178,9 +182,9 @@ struct PackedSequence {
 template <class T, class F>
 Error sequence_tiles(const SequenceSizes& s, Size scratch, const Launch& launch, F f) {
     if (s.B == 0) return nullptr;
-    const Size threads = std::min<Size>(launch.threads, s.B);
+    const Size threads = std::min<Size>(launch.threads, s.B), most = sequence_tile<T>(s);
     const Size per_thread = (s.B + threads - 1) / threads;
-    const Size tiles = std::min(s.B, threads * ((per_thread + sequence_tile - 1) / sequence_tile));
+    const Size tiles = std::min(s.B, threads * ((per_thread + most - 1) / most));
     return parallel<T>(tiles, grain, scratch, launch, [=](auto, Size i, T* own) {
         const Size first = s.B * i / tiles, end = s.B * (i + 1) / tiles;
         f(SequenceThread<T>{own}, first, end - first);
@@ -194,7 +198,7 @@ Error ntm_sequence(Launch launch, SequenceSizes s, StepOptions o, int keep, cons
     if (is_too_large(s, false)) return too_large;
     const PackedSequence<T> packed(s, weights, false);
     if (!packed.storage.get()) return out_of_memory;
-    const Size scratch = SequenceFrame<T>::scratch(s, std::min(s.B, sequence_tile), keep != 0, in_place);
+    const Size scratch = SequenceFrame<T>::scratch(s, std::min(s.B, sequence_tile<T>(s)), keep != 0, in_place);
     return sequence_tiles<T>(s, scratch, launch, [&](auto team, Size first, Size count) {
         sequence(team, s, o, first, count, keep != 0, packed.weights, inputs, outputs, initial, final, trail);
     });
@@ -208,7 +212,7 @@ Error ntm_sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const
     if (is_too_large(s, true)) return too_large;
     const PackedSequence<T> packed(s, weights, true);
     if (!packed.storage.get()) return out_of_memory;
-    const Size E = std::min(s.B, sequence_tile), scratch = SequenceBackwardFrame<T>::scratch(s, E, in_place);
+    const Size E = std::min(s.B, sequence_tile<T>(s)), scratch = SequenceBackwardFrame<T>::scratch(s, E, in_place);
     return sequence_tiles<T>(s, scratch + sequence_segment(s, E), launch, [&](auto team, Size first, Size count) {
         sequence_backward(team, s, o, first, count, packed.weights, initial, final_memory, trail, grad_outputs,
                           grad_final, grad, out, team.scratch() + scratch);
