@@ -815,6 +815,48 @@ def test_what_a_block_cannot_hold(monkeypatch) -> None:
     assert outputs.isfinite().all()
 
 
+def sizes_alone(name: str, **changes: int) -> tuple:
+    """What a native function of sequences is called with, no tensors among it: 0 in the place of addresses."""
+    sizes = dict(T=3, B=2, I=3, O=4, L=1, H=5, gru=0, of_step=2, R=1, W=1, N=6, M=3, K=3, every=1, shared=0) | changes
+    rest = [0] * (27 if name == "ntm_sequence" else 36)
+    return (*sizes.values(), *_native.step_scalars(False, "tanh", "tanh", None, 1.0), *rest)
+
+
+@pytest.mark.parametrize("name", ("ntm_sequence", "ntm_sequence_backward"))
+def test_sizes_that_cannot_be_counted_are_refused(backend: Backend, name: str) -> None:
+    """Before anything is touched: every address here is 0."""
+    like = torch.empty(0, device=DEVICE)
+    for size in ("T", "I", "N", "every"):
+        with pytest.raises(OverflowError, match=f"{1 << 31} is too large a size"):
+            _native.call(name, like, *sizes_alone(name, **{size: 1 << 31}))
+    too_large = [{"N": 1 << 20, "M": 1 << 9}, {"H": 1 << 28}, {"O": 1 << 28}]
+    if name == "ntm_sequence_backward":
+        too_large.append({"N": 1 << 10, "M": 1 << 10, "every": 1 << 8})  # a segment of memories written again
+    for changes in too_large:
+        with pytest.raises(RuntimeError, match="one element of the batch is too large"):
+            _native.call(name, like, *sizes_alone(name, **changes))
+
+
+def test_a_failing_device_is_not_taken_for_a_refusal(monkeypatch) -> None:
+    """What a device says of its own trouble is raised, and asked again the next time."""
+    answers = ["ntm_fast: kernel ntm_sequence: out of luck", None, "ntm_fast: it does not fit"]
+
+    class Extension:
+        @staticmethod
+        def ntm_sequence(*values) -> None:
+            if answer := answers.pop(0):
+                raise RuntimeError(answer)
+
+    monkeypatch.setattr(_native, "_extension", lambda: Extension)
+    monkeypatch.setattr(_native, "_refusals", {})
+    monkeypatch.setitem(_native._PARTS, "cuda", lambda: _native._Part(0, "80", None, cuda=True))
+    ask = functools.partial(_native.refusal, "ntm_sequence", "cuda", 0, False)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        ask(1)
+    assert ask(1) is None and ask(1) is None
+    assert ask(2) == ask(2) == "ntm_fast: it does not fit"
+
+
 def test_bad_arguments_are_named() -> None:
     """Each tensor in turn: the message names it and what it was; nothing is computed."""
     case = Case(layers=2, R=2, B=2)
