@@ -297,10 +297,17 @@ def grouped(outputs: tuple[Tensor, ...]) -> tuple:
     return *outputs[:5], outputs[5:]
 
 
-def flat_sequence(*tensors: Tensor, controller: str, **options: Any) -> tuple[Tensor, ...]:
-    """The reference, tensors in a row in and out."""
-    *outputs, state = reference.ntm_sequence(*nested(tensors, controller), controller=controller, **options)
-    return *outputs, *state
+def flat(function: Callable, last: int) -> Callable[..., tuple[Tensor, ...]]:
+    """``function``, whose signature is ntm_sequence's up to the weights, tensors in a row in and out."""
+
+    def flattened(*tensors: Tensor, controller: str, **options: Any) -> tuple[Tensor, ...]:
+        *outputs, state = function(*nested(tensors, controller, last), controller=controller, **options)
+        return *outputs, *state
+
+    return flattened
+
+
+_flat_sequence = flat(reference.ntm_sequence, last=4)
 
 
 def watched() -> bool:
@@ -317,7 +324,7 @@ def _run_sequence(*args: Any, keep: bool = False) -> tuple[tuple[Tensor, ...], l
 
 
 class _NTMSequence(torch.autograd.Function):
-    twin = staticmethod(flat_sequence)
+    twin = staticmethod(_flat_sequence)
 
     @staticmethod
     def plain(*args):
@@ -338,7 +345,7 @@ class _NTMSequence(torch.autograd.Function):
         tensors, (memory, *trail) = saved[:count], saved[count:]
         nones = (None,) * len(_SEQUENCE_OPTIONS)
         if torch.is_grad_enabled():
-            twin = functools.partial(flat_sequence, **dict(zip(_SEQUENCE_OPTIONS, ctx.options)))
+            twin = functools.partial(_flat_sequence, **dict(zip(_SEQUENCE_OPTIONS, ctx.options)))
             return (*grads_through(twin, tensors, grads), *nones)
         grad_outputs, *grad_final = grads
         if grad_outputs is None:

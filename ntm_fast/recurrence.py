@@ -337,7 +337,7 @@ class _Sequence(torch.autograd.Function):
         saved = ctx.saved_tensors
         tensors, outputs = saved[:-3], saved[-3:]
         if torch.is_grad_enabled():
-            twin = functools.partial(_flat, **ctx.options)
+            twin = functools.partial(_twin, **ctx.options)
             return None, None, *ops.grads_through(twin, tensors, grads)
         with _native.without_autocast(saved[0].device.type):  # backward may be called in autocast
             found = ctx.tape.backward(ctx.needs_input_grad[2], outputs, grads)
@@ -346,12 +346,7 @@ class _Sequence(torch.autograd.Function):
         return None, None, *found
 
 
-def _flat(*tensors: Tensor, controller: str, **options) -> tuple[Tensor, ...]:
-    """The reference, tensors in a row in and out."""
-    *outputs, state = reference.unroll(
-        reference, *ops.nested(tensors, controller, last=2), controller=controller, **options
-    )
-    return *outputs, *state
+_twin = ops.flat(functools.partial(reference.unroll, reference), last=2)
 
 
 def _tape(controller: str, options: dict, keep: bool, needs_inputs: bool, tensors: tuple[Tensor, ...]):

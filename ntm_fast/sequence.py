@@ -336,7 +336,7 @@ def backward(
     of_gates = grad_x, grad_upper_x, grad_y, grad_params
     grad_addresses = [tensor.data_ptr() for tensor in of_gates]
     with _native.without_autocast(inputs.device.type):
-        grad_features = grad_outputs if plan.takes_ends else (grad_outputs.view(-1, O) @ output_weight)
+        grad_features = grad_outputs if plan.takes_ends else grad_outputs.view(-1, O) @ output_weight
         _native.call(
             "ntm_sequence_backward",
             inputs,
@@ -389,7 +389,7 @@ def weight_gradients(
     grad_params: Tensor,
 ) -> list[Tensor]:
     """The gradients of the weights, of the heads' and of the output layer's, where no native kernel computes them."""
-    T, B, _, O, L, H, G, gru, *_ = plan
+    T, B, _, _, L, H, G, gru, *_ = plan
     features = trail.features
     hidden = [*trail.hidden, features[..., :H]]
     grad_weights = []

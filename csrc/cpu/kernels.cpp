@@ -242,10 +242,11 @@ Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const T* inp
         };
         auto hidden_before = [&](Size l, Size n) -> Columns<T> {
             if (n >= B) return hidden(l, n - B);
-            return {initial.hidden + (l * (s.shared ? 1 : B) + s.initial(n)) * H, s.shared ? 0 : H, H};
+            const TileState<const T> start = initial_of(s, initial, n);
+            return {start.hidden + l * start.span * H, s.shared ? 0 : H, H};
         };
         auto reads_before = [&](Size n) -> Columns<T> {
-            if (n < B) return {initial.reads + s.initial(n) * F, s.shared ? 0 : F, F};
+            if (n < B) return {initial_of(s, initial, n).reads, s.shared ? 0 : F, F};
             return {trail.features + (n - B) * (H + F) + H, H + F, F};
         };
         using Two = std::array<Columns<T>, 2>;

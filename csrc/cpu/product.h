@@ -35,21 +35,29 @@ NTM_FN void transpose(Vector<T, lanes<T>> (&rows)[lanes<T>]) {
     if constexpr (Distance > 1) transpose<T, Distance / 2>(rows);
 }
 
+// Calls f(j, vector) for every column j of a matrix: its numbers in as many rows from begin on as a vector has lanes, 0
+// past the last row. Rows are stride numbers apart.
+template <class T, class F>
+NTM_FN void across(Size rows, Size begin, Size columns, const T* from, Size stride, F&& f) {
+    using V = Vector<T, lanes<T>>;
+    Thread<T>{}.tiles(columns, [&](auto tile) NTM_INLINE {
+        V block[lanes<T>];
+        unroll<lanes<T>>([&](auto i) NTM_INLINE {
+            block[i] = begin + i < rows ? tile.load(from + (begin + i) * stride) : V{};
+        });
+        transpose<T>(block);
+        unroll<lanes<T>>([&](auto j) NTM_INLINE {
+            if (tile.begin + j < columns) f(tile.begin + j, block[j]);
+        });
+    });
+}
+
 // to[j, i] = from[i, j]; a row every stride numbers
 template <class T>
 inline void transpose(Size rows, Size columns, const T* from, Size from_stride, T* to, Size to_stride) {
-    using V = Vector<T, lanes<T>>;
-    Thread<T>{}.tiles(rows, [&](auto across) NTM_INLINE {
-        Thread<T>{}.tiles(columns, [&](auto tile) NTM_INLINE {
-            V block[lanes<T>];
-            unroll<lanes<T>>([&](auto i) NTM_INLINE {
-                block[i] = across.begin + i < rows ? tile.load(from + (across.begin + i) * from_stride) : V{};
-            });
-            transpose<T>(block);
-            unroll<lanes<T>>([&](auto j) NTM_INLINE {
-                if (tile.begin + j < columns) across.store(to + (tile.begin + j) * to_stride, block[j]);
-            });
-        });
+    Thread<T>{}.tiles(rows, [&](auto tile) NTM_INLINE {
+        across(rows, tile.begin, columns, from, from_stride,
+               [&](Size j, auto column) NTM_INLINE { tile.store(to + j * to_stride, column); });
     });
 }
 
@@ -57,19 +65,10 @@ inline void transpose(Size rows, Size columns, const T* from, Size from_stride, 
 // [rows, columns], a row every stride numbers. As the transpose, C = rows: these columns are k = first on.
 template <class T>
 inline void pack_transposed(Size rows, Size columns, const T* from, Size stride, Size K, Size first, T* packed) {
-    using V = Vector<T, lanes<T>>;
     for (Size begin = 0; begin < (rows + panel_width<T> - 1) / panel_width<T> * panel_width<T>; begin += lanes<T>) {
         T* to = packed + begin / panel_width<T> * panel_width<T> * K + begin % panel_width<T> + first * panel_width<T>;
-        Thread<T>{}.tiles(columns, [&](auto tile) NTM_INLINE {
-            V block[lanes<T>];
-            unroll<lanes<T>>([&](auto i) NTM_INLINE {
-                block[i] = begin + i < rows ? tile.load(from + (begin + i) * stride) : V{};
-            });
-            transpose<T>(block);
-            unroll<lanes<T>>([&](auto k) NTM_INLINE {
-                if (tile.begin + k < columns) FullTile<T>{0}.store(to + (tile.begin + k) * panel_width<T>, block[k]);
-            });
-        });
+        across(rows, begin, columns, from, stride,
+               [&](Size k, auto column) NTM_INLINE { FullTile<T>{0}.store(to + k * panel_width<T>, column); });
     }
 }
 
