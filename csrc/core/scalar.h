@@ -19,8 +19,7 @@ NTM_FN V softplus(V x) {
 
 template <class Math, class V, class T>
 NTM_FN V clamp(V x, T clip) {
-    const V low = Math::select(x < -clip, V{} - clip, x);
-    return Math::select(low > clip, V{} + clip, low);
+    return Math::min(V{} + clip, Math::max(V{} - clip, x));
 }
 
 // The gradient through clamp: 1 inside and at the bounds, 0 outside.

@@ -12,7 +12,7 @@ NTM_FN T highest(const Team& team, Index N, F&& z) {
     typename Team::V top = typename Team::V{} - Math::infinity;
     team.tiles(N, [&](auto tile) NTM_INLINE {
         const auto x = tile.only(z(tile), -Math::infinity);
-        top = Math::select(x > top, x, top);
+        top = Math::max(x, top);
     });
     return team.max(top);
 }

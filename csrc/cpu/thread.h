@@ -1,15 +1,16 @@
 // The CPU's Team: one thread, whose tiles are SIMD vectors as wide as the variant's registers.
 //
 // The elementary functions are branch-free polynomials, because calls to libm decide the speed otherwise: a softmax
-// of 128 locations takes ten times longer with them. Coefficients are least-maximum fits of our own; tests check
-// them against double over the whole range. Compensated sums rely on being compiled without -fassociative-math.
+// of 128 locations takes ten times longer with them. Coefficients are least-maximum fits of our own, summed in pairs,
+// because a pass over a few vectors waits for its longest chain; tests check them against double over the whole range.
+// Compensated sums rely on being compiled without -fassociative-math.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 #include <limits>
 
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -54,6 +55,21 @@ struct Math<float> {
     NTM_FN static float select(bool mask, float a, float b) { return mask ? a : b; }
     NTM_FN static V select(I mask, V a, V b) { return mask ? a : b; }
 
+    // One instruction each, which GCC does not find; unmasked, GCC 12 warns of itself.
+#if defined(__AVX512F__)
+    NTM_FN static V max(V a, V b) { return (V)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+    NTM_FN static V min(V a, V b) { return (V)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+#elif defined(__AVX__)
+    NTM_FN static V max(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
+    NTM_FN static V min(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
+#elif defined(__SSE2__)
+    NTM_FN static V max(V a, V b) { return (V)_mm_max_ps((__m128)a, (__m128)b); }
+    NTM_FN static V min(V a, V b) { return (V)_mm_min_ps((__m128)a, (__m128)b); }
+#else
+    NTM_FN static V max(V a, V b) { return a > b ? a : b; }
+    NTM_FN static V min(V a, V b) { return a < b ? a : b; }
+#endif
+
     NTM_FN static V sqrt(V x) {
         float lane[lanes<float>];
         std::memcpy(lane, &x, sizeof x);
@@ -65,27 +81,31 @@ struct Math<float> {
     // p 2^n for a whole n, rounded once where that is denormal
     NTM_FN static V scale(V p, V n) {
 #if defined(__AVX512F__)
-        return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);  // unmasked, GCC 12 warns of itself
+        return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
         const I exponent = __builtin_convertvector(n, I), half = exponent >> 1;  // in two steps: 2^n may overflow
         return p * (V)((half + 127) << 23) * (V)((exponent - half + 127) << 23);
 #endif
     }
 
-    NTM_FN static V exp(V x) {
-        // Compared this way round, which one instruction does, NaN stays.
-        x = select(V{} - 104.0f > x, V{} - 104.0f, x);  // rounds to 0
-        x = select(V{} + 89.0f < x, V{} + 89.0f, x);    // overflows to infinity
-        constexpr float rounder = 0x1.8p23f;            // adding it rounds to an integer
+    // e^x = 2^n (1 + p), n whole
+    struct Power {
+        V n, p;
+    };
+    NTM_FN static Power power(V x) {
+        constexpr float rounder = 0x1.8p23f;  // adding it rounds to an integer
         const V n = (x * 0x1.715476p+0f + rounder) - rounder;
         const V r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // x - n log 2, in two parts
-        V p = V{} + 0.0013814538f;
-        p = p * r + 0.008368745f;
-        p = p * r + 0.04166839f;
-        p = p * r + 0.16666521f;
-        p = p * r + 0.49999994f;
-        p = p * (r * r) + r + 1.0f;
-        return scale(p, n);
+        const V square = r * r;
+        const V high = 0.0013814538f * r + 0.008368745f, low = 0.04166839f * r + 0.16666521f;
+        return {n, ((high * square + low) * r + 0.49999994f) * square + r};
+    }
+
+    NTM_FN static V exp(V x) {
+        x = max(V{} - 104.0f, x);  // rounds to 0
+        x = min(V{} + 89.0f, x);   // overflows to infinity
+        const auto [n, p] = power(x);
+        return scale(p + 1.0f, n);
     }
 
     // for normal, positive x
@@ -94,16 +114,11 @@ struct Math<float> {
         const I exponent = offset >> 23;
         const V f = (V)((I)x - (exponent << 23)) - 1.0f;
         const V n = __builtin_convertvector(exponent, V);
-        V p = V{} - 0.0763443f;
-        p = p * f + 0.1276155f;
-        p = p * f - 0.13160194f;
-        p = p * f + 0.14201762f;
-        p = p * f - 0.16623357f;
-        p = p * f + 0.20001227f;
-        p = p * f - 0.25000823f;
-        p = p * f + 0.3333333f;
-        const V square = f * f;
-        const V low = p * square * f - 0.5f * square + n * 0x1.7f7d1cp-20f;
+        const V square = f * f, fourth = square * square;
+        const V p6 = 0.1276155f - 0.0763443f * f, p4 = 0.14201762f - 0.13160194f * f;
+        const V p2 = 0.20001227f - 0.16623357f * f, p0 = 0.3333333f - 0.25000823f * f;
+        const V p = (p6 * square + p4) * fourth + (p2 * square + p0);
+        const V low = p * (square * f) - (0.5f * square - n * 0x1.7f7d1cp-20f);
         return select(x < infinity, (low + f) + n * 0x1.62e4p-1f, x);  // infinity and NaN stay
     }
 
@@ -114,15 +129,11 @@ struct Math<float> {
     }
 
     NTM_FN static V tanh(V x) {
-        const V magnitude = select(x < 0.0f, -x, x);
-        const V square = x * x;
-        V p = V{} - 0.005717037f;
-        p = p * square + 0.020650579f;
-        p = p * square - 0.053743497f;
-        p = p * square + 0.13331491f;
-        p = p * square - 0.33333284f;
-        const V large = 1.0f - 2.0f / (exp(2.0f * magnitude) + 1.0f);
-        return select(magnitude < 0.625f, x + x * square * p, select(x < 0.0f, -large, large));
+        const I sign = (I)x & std::numeric_limits<std::int32_t>::min();
+        const V magnitude = min(V{} + 10.0f, (V)((I)x ^ sign));  // beyond, the answer is 1
+        const auto [n, p] = power(2.0f * magnitude);
+        const V two_n = scale(V{} + 1.0f, n), e = two_n * p + (two_n - 1.0f);  // e^(2|x|) - 1
+        return (V)((I)(e / (e + 2.0f)) ^ sign);
     }
 
     NTM_FN static float exp(float x) { return exp(V{} + x)[0]; }
@@ -142,6 +153,8 @@ struct Math<double> {
 
     static double select(bool mask, double a, double b) { return mask ? a : b; }
     NTM_FN static V select(I mask, V a, V b) { return mask ? a : b; }
+    NTM_FN static V max(V a, V b) { return a > b ? a : b; }
+    NTM_FN static V min(V a, V b) { return a < b ? a : b; }
 
     static double exp(double x) { return std::exp(x); }
     static double log(double x) { return std::log(x); }
@@ -161,16 +174,22 @@ NTM_FN Vector<T, W / 2> half(Vector<T, W> v, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(v, v, (Begin + I)...);
 }
 
-// v folded to one number by halves: f is a sum or a maximum of vectors and of numbers
-template <class T, int W, class F>
+template <int Distance, class T, int W, int... I>
+NTM_FN Vector<T, W> crossed(Vector<T, W> v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, (I ^ Distance)...);
+}
+
+// v folded to one number by halves: f is a sum or a maximum of two vectors. The last 16 bytes stay a whole vector:
+// of two numbers GCC would make a horizontal sum, which takes longer.
+template <class T, int W, int Distance = W / 2, class F>
 NTM_FN T fold(Vector<T, W> v, F f) {
-    if constexpr (W == 1) {
+    if constexpr (Distance == 0) {
         return v[0];
-    } else if constexpr (W == 2) {
-        return f(v[0], v[1]);
-    } else {
+    } else if constexpr (sizeof v > 16) {
         constexpr auto lanes = std::make_integer_sequence<int, W / 2>{};
         return fold<T, W / 2>(f(half<0, T, W>(v, lanes), half<W / 2, T, W>(v, lanes)), f);
+    } else {
+        return fold<T, W, Distance / 2>(f(v, crossed<Distance, T, W>(v, std::make_integer_sequence<int, W>{})), f);
     }
 }
 

@@ -121,6 +121,14 @@ struct Math {
         return a;
     }
     template <int W>
+    NTM_FN static Vector<T, W> max(Vector<T, W> a, Vector<T, W> b) {
+        return a.map(a, b, [](T x, T y) NTM_INLINE { return x > y ? x : y; });
+    }
+    template <int W>
+    NTM_FN static Vector<T, W> min(Vector<T, W> a, Vector<T, W> b) {
+        return a.map(a, b, [](T x, T y) NTM_INLINE { return x < y ? x : y; });
+    }
+    template <int W>
     NTM_FN static Vector<T, W> exp(Vector<T, W> v) {
         return v.map(v, [](T x) NTM_INLINE { return exp(x); });
     }

@@ -23,8 +23,10 @@ static float from_bits(std::uint32_t bits) {
     return x;
 }
 
-// Distance in units of the last place of the exact answer, which for denormals is the smallest denormal.
+// Distance in units of the last place of the exact answer, which for denormals is the smallest denormal. From NaN it is
+// infinite, not NaN, with which no comparison holds.
 static double ulps(float got, double exact) {
+    if (got != got) return std::numeric_limits<double>::infinity();
     const double unit = std::ldexp(1.0, std::max(std::ilogb(exact == 0 ? 1e-300 : exact) - 23, -149));
     return std::fabs(got - exact) / unit;
 }
@@ -68,7 +70,8 @@ int main() {
           [](float x) { return x >= M::tiny; });
     check("log1p", [](V x) { return M::log1p(x); }, [](double x) { return std::log1p(x); }, 2,
           [](float x) { return x >= 0 && x <= 1; });
-    check("tanh", [](V x) { return M::tanh(x); }, [](double x) { return std::tanh(x); }, 2,
+    // The roundings of e^2x - 1, of a sum and of a quotient
+    check("tanh", [](V x) { return M::tanh(x); }, [](double x) { return std::tanh(x); }, 3,
           [](float x) { return x == x; });
     check("sqrt", [](V x) { return M::sqrt(x); }, [](double x) { return std::sqrt(x); }, 0.5,
           [](float x) { return x >= 0; });
