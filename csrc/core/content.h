@@ -17,31 +17,39 @@ NTM_PASS T key_norm(const Team& team, Index M, T eps, const T* key /*[M]*/) {
     return Team::Math::sqrt(team.sum(squares) + eps * eps);
 }
 
-// Stores the cosines and 1/B_i. For a head that also reads, grad_reads is dr, and grad_weights grows by M_i.dr: both
-// need the whole memory, which comes from cache once.
-template <class Team, class Reads = std::nullptr_t, class T = typename Team::Real>
+// 1/B_i, as the head left them that addressed a memory before, for the next head or step that does.
+template <class T>
+struct Norms {
+    T* inverse;  // [N]
+    bool known;  // whether they are this memory's
+};
+
+// Stores the cosines and, unless they are Known, 1/B_i. For a head that also reads, grad_reads is dr, and grad_weights
+// grows by M_i.dr: all need the whole memory, which comes from cache once.
+template <bool Known = false, class Team, class Reads = std::nullptr_t, class T = typename Team::Real>
 NTM_PASS void cosine(const Team& team, Index N, Index M, T eps, T key_norm, const T* memory /*[M, N]*/,
                      const T* key /*[M]*/, T* cosine /*[N]*/, T* inverse_norm /*[N]*/,
                      Reads grad_reads = nullptr /*[M] or nullptr*/, T* grad_weights = nullptr /*[N], added*/) {
     using V = typename Team::V;
+    constexpr bool reads = present<Reads>;
     const T inverse_key_norm = 1 / key_norm;
-    team.tiles(N, [&](auto tile) NTM_INLINE {
-        V product[2]{}, squares[2]{};  // of even and of odd rows: a single sum would wait for itself at every row
-        [[maybe_unused]] V read[2]{};
-        chunks<2>(M, [&](auto block) NTM_INLINE {
-            unroll<block.count>([&](auto k) NTM_INLINE {
-                const Index m = block.first + k;
-                const V x = tile.load(memory + m * N);
-                product[k % 2] += key[m] * x;
-                squares[k % 2] += x * x;
-                if constexpr (present<Reads>) read[k % 2] += grad_reads[m] * x;
-            });
+    team.template columns<1 + reads + !Known>(
+        M, N,
+        [&](Index m, auto tile, auto& sums) NTM_INLINE {
+            const V x = tile.load(memory + m * N);
+            sums[0] += key[m] * x;
+            if constexpr (reads) sums[1] += grad_reads[m] * x;
+            if constexpr (!Known) sums[1 + reads] += x * x;
+        },
+        [&](auto tile, const auto& sums) NTM_INLINE {
+            V inverse;
+            if constexpr (Known)
+                inverse = tile.load(inverse_norm);
+            else
+                tile.store(inverse_norm, inverse = 1 / Team::Math::sqrt(sums[1 + reads] + eps * eps));
+            tile.store(cosine, sums[0] * inverse * inverse_key_norm);
+            if constexpr (reads) tile.store(grad_weights, tile.load(grad_weights) + sums[1]);
         });
-        const V inverse = 1 / Team::Math::sqrt(squares[0] + squares[1] + eps * eps);
-        tile.store(inverse_norm, inverse);
-        tile.store(cosine, (product[0] + product[1]) * inverse * inverse_key_norm);
-        if constexpr (present<Reads>) tile.store(grad_weights, tile.load(grad_weights) + (read[0] + read[1]));
-    });
 }
 
 // wc = softmax(beta c). No cosine is beyond 1, so beta is a bound: the highest is looked for only where all might

@@ -25,20 +25,35 @@ struct Addressing {
     T* shifted;       // [N]
 
     static constexpr Index scratch(Index N, Index K) { return 4 * (N + 16) + ring_size(N, K) + 16; }
-    NTM_FN Addressing(Arena<T>& arena, Index N, Index K)
+    template <class Given = std::nullptr_t>
+    NTM_FN Addressing(Arena<T>& arena, Index N, Index K, Given norms = nullptr /*Norms<T>* or nullptr*/)
         : cosine(arena.take(N)),
           inverse_norm(arena.take(N)),
           content(arena.take(N)),
           gated(arena.take(ring_size(N, K)) + K / 2),
-          shifted(arena.take(N)) {}
+          shifted(arena.take(N)) {
+        if constexpr (present<Given>) inverse_norm = norms->inverse;
+    }
 };
 
-// Everything before sharpening. Returns the key's norm. grad_reads and grad_weights as in cosine().
-template <class Team, class Reads = std::nullptr_t, class T = typename Team::Real>
+// Everything before sharpening. Returns the key's norm. grad_reads and grad_weights as in cosine(). Where norms are
+// given, at was made with them.
+template <class Team, class Given, class Reads = std::nullptr_t, class T = typename Team::Real>
 NTM_FN T focus(const Team& team, Index N, Index M, Index K, T eps, const T* memory /*[M, N]*/, const T* previous /*[N]*/,
-               const Head<T>& head, const Addressing<T>& at, Reads grad_reads = nullptr, T* grad_weights = nullptr) {
+               const Head<T>& head, const Addressing<T>& at, Given norms /*Norms<T>* or nullptr*/,
+               Reads grad_reads = nullptr, T* grad_weights = nullptr) {
     const T norm = key_norm(team, M, eps, head.key);
-    cosine(team, N, M, eps, norm, memory, head.key, at.cosine, at.inverse_norm, grad_reads, grad_weights);
+    auto cosines = [&](auto known) NTM_INLINE {
+        cosine<known>(team, N, M, eps, norm, memory, head.key, at.cosine, at.inverse_norm, grad_reads, grad_weights);
+    };
+    if constexpr (!present<Given>) {
+        cosines(std::false_type{});
+    } else if (norms->known) {
+        cosines(std::true_type{});
+    } else {
+        cosines(std::false_type{});
+        norms->known = true;
+    }
     content_weights(team, N, head.beta, at.cosine, at.content);
     interpolate(team, N, at.content, previous, head.gate, at.gated);
     close_ring(team, N, K, at.gated);
@@ -46,10 +61,10 @@ NTM_FN T focus(const Team& team, Index N, Index M, Index K, T eps, const T* memo
     return norm;
 }
 
-template <class Team, class T = typename Team::Real>
+template <class Team, class Given = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void address(const Team& team, Index N, Index M, Index K, T eps, const T* memory, const T* previous,
-                    const Head<T>& head, const Addressing<T>& at, T* weights /*[N]*/) {
-    focus(team, N, M, K, eps, memory, previous, head, at);
+                    const Head<T>& head, const Addressing<T>& at, T* weights /*[N]*/, Given norms = nullptr) {
+    focus(team, N, M, K, eps, memory, previous, head, at, norms);
     sharpen(team, N, at.shifted, head.gamma, weights);
 }
 
@@ -75,7 +90,7 @@ NTM_FN void address_backward(const Team& team, Index N, Index M, Index K, T eps,
                              T* grad_memory /*[M, N]*/, T* grad_previous /*[N]*/, const HeadGrads<T>& grads,
                              const Addressing<T>& at, Arena<T> arena /*of address_backward_scratch*/) {
     T* grad_shifted = arena.take(ring_size(N, K)) + K / 2;
-    const T norm = focus(team, N, M, K, eps, memory, previous, head, at, grad_reads, grad_weights);
+    const T norm = focus(team, N, M, K, eps, memory, previous, head, at, nullptr, grad_reads, grad_weights);
     sharpen_backward(team, N, at.shifted, head.gamma, weights, grad_weights, grad_shifted, grads.gamma);
     close_ring(team, N, K, grad_shifted);
     circular_shift_backward(team, N, K, at.gated, head.shift, grad_shifted, grad_weights, grads.shift);

@@ -5,16 +5,28 @@
 
 namespace ntm {
 
+// max(ws, tiny), whose logarithm is finite
+template <class Math, class V>
+NTM_FN V raised(V shifted) {
+    return Math::max(Math::tiny + V{}, shifted);
+}
+
+// Of a weighting, which sums to one, no logarithm is above 0 and the highest not far below it. So 0 is the softmax's
+// bound. The highest is looked for only where the sum shows that nearly all vanished, or that this was no weighting,
+// and where a single location is to have a weight of 1 without rounding.
 template <class Team, class T = typename Team::Real>
 NTM_PASS void sharpen(const Team& team, Index N, const T* shifted, T gamma, T* sharpened) {
     using Math = typename Team::Math;
-    const T bound = highest(team, N, [&](auto tile) NTM_INLINE {
-        const auto w = tile.load(shifted);
-        const auto l = Math::log(Math::select(w < Math::tiny, Math::tiny + typename Team::V{}, w));
+    auto log = [&](auto tile) NTM_INLINE {
+        const auto l = Math::log(raised<Math>(tile.load(shifted)));
         tile.store(sharpened, l);
         return gamma * l;
-    });
-    softmax(team, N, gamma, sharpened, bound, sharpened);
+    };
+    team.tiles(N, log);
+    T total = exponentials(team, N, gamma, sharpened, T(0), sharpened);
+    if (N == 1 || !(total > T(1e-12) && total < T(1e12)))
+        total = exponentials(team, N, gamma, sharpened, highest(team, N, log), sharpened);
+    divide(team, N, total, sharpened);
 }
 
 // q_i = w_i (dw_i - w.dw);  dgamma = sum q_i l_i;  dws_i = gamma q_i / ws_i where ws_i was not raised to tiny
@@ -28,9 +40,9 @@ NTM_PASS void sharpen_backward(const Team& team, Index N, const T* shifted, T ga
     team.tiles(N, [&](auto tile) NTM_INLINE {
         const V ws = tile.load(shifted);
         const V q = tile.load(sharpened) * (tile.load(grad_sharpened) - mean);
-        const V raised = Math::select(ws < Math::tiny, Math::tiny + V{}, ws);
-        along_gamma += tile.only(q * Math::log(raised), T(0));
-        tile.store(grad_shifted, Math::select(ws < Math::tiny, V{}, gamma * (q / raised)));
+        const V r = raised<Math>(ws);
+        along_gamma += tile.only(q * Math::log(r), T(0));
+        tile.store(grad_shifted, Math::select(ws < Math::tiny, V{}, gamma * (q / r)));
     });
     const T total = team.sum(along_gamma);
     team.one([&]() NTM_INLINE { *grad_gamma = total; });

@@ -17,18 +17,30 @@ NTM_FN T highest(const Team& team, Index N, F&& z) {
     return team.max(top);
 }
 
-// out_i = e^(scale x_i) / sum_j e^(scale x_j); out may be x. No scale x_i is above bound but by rounding, and the
-// highest so close to it that e^(scale x_i - bound) is a normal number.
+// out_i = e^(scale x_i - bound), whose sum it returns; out may be x.
 template <class Team, class T = typename Team::Real>
-NTM_FN void softmax(const Team& team, Index N, T scale, const T* x /*[N]*/, T bound, T* out /*[N]*/) {
+NTM_FN T exponentials(const Team& team, Index N, T scale, const T* x /*[N]*/, T bound, T* out /*[N]*/) {
     typename Team::V total{};
     team.tiles(N, [&](auto tile) NTM_INLINE {
         const auto e = Team::Math::exp(scale * tile.load(x) - bound);
         tile.store(out, e);
         total += tile.only(e, T(0));
     });
-    const T scaled = 1 / team.sum(total);
-    team.tiles(N, [&](auto tile) NTM_INLINE { tile.store(out, scaled * tile.load(out)); });
+    return team.sum(total);
+}
+
+// x /= total
+template <class Team, class T = typename Team::Real>
+NTM_FN void divide(const Team& team, Index N, T total, T* x /*[N]*/) {
+    const T inverse = 1 / total;
+    team.tiles(N, [&](auto tile) NTM_INLINE { tile.store(x, inverse * tile.load(x)); });
+}
+
+// out_i = e^(scale x_i) / sum_j e^(scale x_j); out may be x. No scale x_i is above bound but by rounding, and the
+// highest so close to it that e^(scale x_i - bound) is a normal number.
+template <class Team, class T = typename Team::Real>
+NTM_FN void softmax(const Team& team, Index N, T scale, const T* x /*[N]*/, T bound, T* out /*[N]*/) {
+    divide(team, N, exponentials(team, N, scale, x, bound, out), out);
 }
 
 // The product w . dw that the gradient dz_i = w_i (dw_i - w . dw) of a softmax w needs.

@@ -114,33 +114,34 @@ NTM_FN void in_order(bool reads_first, Reads&& reads, Writes&& writes) {
 }
 
 // new_memory may be memory, and the new weights the old ones. left: where the activated parameters are left behind, of
-// size active(); else they take scratch.
-template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
+// size active(); else they take scratch. norms: memory's, which become new_memory's; nullptr where none are kept.
+template <class Team, class Left = std::nullptr_t, class Given = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions& o,
                         const T* memory,                                   // [M, N]
                         const T* read_weights, const T* write_weights,     // [R, N], [W, N]
                         const T* params,                                   // [P]
                         T* reads, T* new_memory,                           // [R, M], [M, N]
                         T* new_read_weights, T* new_write_weights,         // [R, N], [W, N]
-                        T* scratch, Left left = nullptr) {
+                        T* scratch, Left left = nullptr, Given norms = nullptr) {
     Arena<T> arena{scratch};
     const Activated<T> active = place_active(arena, s, left);
-    const Addressing<T> at(arena, s.N, s.K);
+    const Addressing<T> at(arena, s.N, s.K, norms);
     const Index N = s.N, M = s.M, K = s.K;
     const T eps = T(o.eps);
     auto read_all = [&](const T* source) NTM_INLINE {
         for (Index h = 0; h < s.R; ++h) {
             const Head<T> head = active.head(s, h);
-            address(team, N, M, K, eps, source, read_weights + h * N, head, at, new_read_weights + h * N);
+            address(team, N, M, K, eps, source, read_weights + h * N, head, at, new_read_weights + h * N, norms);
             read(team, N, M, source, new_read_weights + h * N, reads + h * M);
         }
     };
     auto write_all = [&]() NTM_INLINE {
         for (Index h = 0; h < s.W; ++h) {
             const Head<T> head = active.head(s, s.R + h);
-            address(team, N, M, K, eps, memory, write_weights + h * N, head, at, new_write_weights + h * N);
+            address(team, N, M, K, eps, memory, write_weights + h * N, head, at, new_write_weights + h * N, norms);
         }
         write(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, new_memory);
+        if constexpr (present<Given>) norms->known = false;
     };
     active.activate(team, s, o, params);
     in_order(o.read_first, [&]() NTM_INLINE { read_all(o.read_first ? memory : new_memory); }, write_all);

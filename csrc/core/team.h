@@ -14,9 +14,13 @@
 //                        of n; for every k of 0..block.count, by unroll, it adds to sums[k][0..S] what the tile
 //                        contributes to row block.first + k, through tile.only where lanes past n might count. Then
 //                        one thread calls done(row, totals) for every row. What a block's rows share is loaded once.
+//   columns<S>(m, n, f, done)
+//                        S sums over m for every element of 0..n: calls f(i, tile, sums) for every i of 0..m and every
+//                        tile, to add to sums[0..S] what row i contributes, then done(tile, sums)
 //   one(f)               one thread calls f()
 //   each(n, f)           calls f(i) for every i of 0..n, shared out over the threads
 //   sum(v), max(v)       over all lanes and threads; every thread gets the result
+//   ahead(n, p)          the n numbers at p are wanted soon, to be read or written: a hint, for a cache
 //   sync()               what the threads stored before is seen by all of them after
 //   staged               whether what lies far off is copied to scratch for the time of the work. in(arena, p, n) and
 //                        out(arena, p, n) are then places in scratch for the n numbers at p, else p itself; in()

@@ -1,14 +1,16 @@
 // All erases, then all adds: M'_i = M_i prod_h(1 - w_hi e_h) + sum_h w_hi a_h.
+//
+// A head that is Alone is compiled without the loop over the others, whose registers a CPU has better use for.
 #pragma once
 
 #include "core/team.h"
 
 namespace ntm {
 
-template <class Team, class T = typename Team::Real>
-NTM_PASS void write(const Team& team, Index H, Index N, Index M, const T* memory /*[M, N]*/,
-                    const T* weights /*[H, N]*/, const T* erase /*[H, M]*/, const T* add /*[H, M]*/,
-                    T* written /*[M, N]*/) {
+template <bool Alone, class Team, class T = typename Team::Real>
+NTM_PASS void write_heads(const Team& team, Index H, Index N, Index M, const T* memory /*[M, N]*/,
+                          const T* weights /*[H, N]*/, const T* erase /*[H, M]*/, const T* add /*[H, M]*/,
+                          T* written /*[M, N]*/) {
     using V = typename Team::V;
     chunks<4>(M, [&](auto block) NTM_INLINE {
         team.tiles(N, [&](auto tile) NTM_INLINE {
@@ -17,21 +19,30 @@ NTM_PASS void write(const Team& team, Index H, Index N, Index M, const T* memory
             unroll<block.count>([&](auto k) NTM_INLINE { x[k] = tile.load(memory + (block.first + k) * N); });
             unroll<block.count>([&](auto k) NTM_INLINE {
                 const Index m = block.first + k;
-                V keep = 1 - first * erase[m], sum = first * add[m];
-                for (Index h = 1; h < H; ++h) {
-                    const V w = tile.load(weights + h * N);
-                    keep *= 1 - w * erase[h * M + m];
-                    sum += w * add[h * M + m];
-                }
-                tile.store(written + m * N, x[k] * keep + sum);
+                V kept = x[k], others{};
+                if constexpr (!Alone)
+                    for (Index h = 1; h < H; ++h) {
+                        const V w = tile.load(weights + h * N);
+                        kept *= 1 - w * erase[h * M + m];
+                        others += w * add[h * M + m];
+                    }
+                kept += first * (add[m] - kept * erase[m]);
+                tile.store(written + m * N, Alone ? kept : kept + others);
             });
         });
     });
 }
 
+template <class Team, class T = typename Team::Real>
+NTM_FN void write(const Team& team, Index H, Index N, Index M, const T* memory, const T* weights, const T* erase,
+                  const T* add, T* written) {
+    if constexpr (!Team::staged)
+        if (H == 1) return write_heads<true>(team, 1, N, M, memory, weights, erase, add, written);
+    write_heads<false>(team, H, N, M, memory, weights, erase, add, written);
+}
+
 // One head's part of write_backward: dw_h += dM (a_h - M e_h others), de_h = -sum dM M w_h others, da_h = sum dM w_h,
 // where others = prod_{h' != h} (1 - w_h' e_h'). The last head takes dM through all the erases into grad_memory.
-// Alone: it is the only one, which leaves a CPU the registers that the loop over the others takes.
 template <bool Alone, class Team, class T = typename Team::Real>
 NTM_PASS void write_head_backward(const Team& team, Index h, Index H, Index N, Index M, const T* memory,
                                   const T* weights, const T* erase, const T* add, const T* grad_written, T* grad_memory,

@@ -264,6 +264,25 @@ struct Thread {
         chunks<2>(m, [&](auto block) NTM_INLINE { rows_of<S>(block, n, f, done); });
     }
 
+    // Four tiles at a time share what f loads for a row, and no sum waits for itself.
+    template <int S, class F, class G>
+    NTM_FN void columns(Index m, Index n, F&& f, G&& done) const {
+        constexpr int block = 4 * lanes<T>;
+        Index first = 0;
+        for (; first + block <= n; first += block) {
+            auto tile = [=](Index i) NTM_INLINE { return FullTile<T>{first + i * lanes<T>}; };
+            V sums[4][S] = {};
+            for (Index i = 0; i < m; ++i) unroll<4>([&](auto k) NTM_INLINE { f(i, tile(k), sums[k]); });
+            unroll<4>([&](auto k) NTM_INLINE { done(tile(k), sums[k]); });
+        }
+        tiles(n - first, [&](auto tile) NTM_INLINE {
+            V sums[S] = {};
+            tile.begin += first;
+            for (Index i = 0; i < m; ++i) f(i, tile, sums);
+            done(tile, sums);
+        });
+    }
+
     template <class F>
     NTM_FN void each(Index n, F&& f) const {
         for (Index i = 0; i < n; ++i) f(i);
@@ -280,6 +299,9 @@ struct Thread {
         return fold<T, lanes<T>>(v, [](auto a, auto b) NTM_INLINE { return a > b ? a : b; });
     }
     NTM_FN void sync() const {}
+    NTM_FN void ahead(Size n, const T* p) const {
+        for (Size i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
+    }
 
     static constexpr bool staged = false;  // the cache does it
     NTM_FN static const T* in(Arena<T>&, const T* p, Index) { return p; }

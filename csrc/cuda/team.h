@@ -234,6 +234,18 @@ struct Team {
         NTM_ROLLED  // seldom more than one turn: unrolled, it would cost registers and code for nothing
         for (Index i = self().rank(); i < n; i += W * self().size()) f(Tile<T, W>{i, n, self().size()});
     }
+    // Sums of even and of odd rows: a single one would wait for itself at every row.
+    template <int S, class F, class G>
+    NTM_FN void columns(Index m, Index n, F&& f, G&& done) const {
+        tiles(n, [&](auto tile) NTM_INLINE {
+            V sums[2][S];
+            chunks<2>(m, [&](auto block) NTM_INLINE {
+                unroll<block.count>([&](auto k) NTM_INLINE { f(block.first + k, tile, sums[k]); });
+            });
+            unroll<S>([&](auto s) NTM_INLINE { sums[0][s] += sums[1][s]; });
+            done(tile, sums[0]);
+        });
+    }
     template <class F>
     NTM_FN void each(Index n, F&& f) const {
         NTM_ROLLED
@@ -243,6 +255,8 @@ struct Team {
     NTM_FN void one(F&& f) const {
         if (self().rank() == 0) f();
     }
+
+    NTM_FN static void ahead(Size, const T*) {}  // other warps have work while one waits
 
     NTM_FN const T* in(Arena<T>& arena, const T* p, Index n) const {
         if constexpr (!Self::staged) return p;
