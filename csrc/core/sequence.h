@@ -182,16 +182,25 @@ NTM_FN void for_gates(bool gru, F&& product) {
     for (int part = 0; part < 1 + gru; ++part) product(part == 1);
 }
 
+// What make(E) lays out, to be called for it: laid out once or, where the team is staged, anew at every call.
+template <class Team, class Make>
+NTM_FN auto laid_out(const Team& team, Size E, Make make) {
+    if constexpr (Team::staged)
+        return [=]() NTM_INLINE { return make(team.again(E)); };
+    else
+        return [frame = make(E)]() NTM_INLINE -> const auto& { return frame; };
+}
+
 // Where a tile's scratch is what on the way forward. What a layer works on lies in the trail, or aside, in scratch, where
 // that is too far off or nobody wants it after.
 template <class T>
 struct SequenceFrame {
-    T *inner, *joined, *x, *y, *params, *features, *active;
+    T *inner, *joined, *x, *y, *params, *features, *active, *norms;
     TileState<T> state;
 
     static constexpr Size scratch(const SequenceSizes& s, Size E, bool keep, const SequenceStaging& g) {
         const Size G = s.gates();
-        return g.rooms * room(s.step.forward_scratch()) + room(E * row(s, g.takes_ends)) +
+        return g.rooms * room(s.step.forward_scratch()) + room(E * row(s, g.takes_ends), g.staged ? 0 : E * s.step.N) +
                (g.staged || !keep) *
                    room(E * G, s.gru ? E * G : 0, E * s.step.params(), g.takes_ends * E * s.features(),
                         g.staged ? 0 : s.step.active()) +
@@ -214,6 +223,7 @@ struct SequenceFrame {
         params = arena.take(aside * E * s.step.params());
         features = arena.take(aside * Team::takes_ends * E * s.features());
         active = arena.take(Team::staged ? 0 : aside * s.step.active());
+        norms = arena.take(Team::staged ? 0 : E * s.step.N);
         state = hold(team, arena, s, E, place);
     }
 };
@@ -228,14 +238,23 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
     const Index H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
     const Index RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
     const bool aside = Team::staged || !keep;
-    auto frame = [&]() NTM_INLINE { return SequenceFrame<T>(team, s, team.again(E), aside, tile_of(s, final, first)); };
+    const auto frame = laid_out(team, E, [&](Size n) NTM_INLINE {
+        return SequenceFrame<T>(team, s, n, aside, tile_of(s, final, first));
+    });
+    Index t = 0;
+    // Of what every step leaves behind, n numbers for every element: the next step's place is fetched ahead.
+    auto left = [&](const auto& own, Size n, const T* place) NTM_INLINE {
+        if (keep && t + 1 < s.T) own.ahead(n, place + B * n);
+    };
     auto leave = [&](const auto& own, Size n, const T* from, T* to) NTM_INLINE {
         if (keep && from != to) copy(own, n, from, to);
+        left(own, n, to);
     };
     team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
         copy_state(own, s, true, 0, initial_of(s, initial, first + e), e, frame().state);
     });
-    for (Index t = 0; t < s.T; ++t) {
+    [[maybe_unused]] bool normed = false;  // whether the norms of the memories that a step finds are known
+    for (; t < s.T; ++t) {
         auto params_of = [&](const SequenceFrame<T>& f) NTM_INLINE {
             return aside ? f.params : at(s, trail.params, P, 0, t, first);
         };
@@ -258,12 +277,15 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
             };
             auto hidden_of = [&](const SequenceFrame<T>& f) NTM_INLINE { return f.state.hidden + l * f.state.span * H; };
             team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
-                const SequenceFrame<T> f = frame();
+                const SequenceFrame<T>& f = frame();
                 T* x = x_of(f) + e * G;
                 own.sync();
                 const Index every = team.again(s.every);
-                if (keep && l == 0 && t && t % every == 0)
-                    copy(own, MN, f.state.memory + e * MN, trail.memory + ((t / every - 1) * B + first + e) * MN);
+                if (keep && l == 0) {
+                    T* next = trail.memory + (t / every * B + first + e) * MN;  // of those kept, the first after this step
+                    if (t && t % every == 0) copy(own, MN, f.state.memory + e * MN, next - B * MN);
+                    if (t + 1 < s.T && (t + 1) % every == 0) own.ahead(MN, next);
+                }
                 if (l || takes)
                     copy(own, G, layer.bias_x, x);
                 else
@@ -280,7 +302,7 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
             });
             team.sync();
             {
-                const SequenceFrame<T> f = frame();
+                const SequenceFrame<T>& f = frame();
                 for_gates(s.gru, [&](bool second) NTM_INLINE {
                     team.product(E, !s.gru ? K + H : second ? H : K, G,
                                  second ? hidden_of(f) : joins ? f.joined : fed_of(f),
@@ -289,8 +311,9 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
             }
             team.sync();
             team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
-                const SequenceFrame<T> f = frame();
+                const SequenceFrame<T>& f = frame();
                 T *x = x_of(f) + e * G, *active = keep ? x_kept() + e * G : x, *hidden = hidden_of(f) + e * H;
+                left(own, G, active);
                 if (s.gru) {
                     T* y = y_of(f) + e * G;
                     gru_gates(own, H, x, y, hidden, hidden, active);
@@ -304,33 +327,39 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
                     leave(own, H, hidden, at(s, trail.hidden, H, l, t, first + e));
                 } else {
                     copy(own, H, hidden, features_of(f, e));
+                    left(own, H + F, features_of(f, e));
                     copy(own, P, w.heads_bias, params_of(f) + e * P);
                 }
             });
         }
         team.sync();
         {
-            const SequenceFrame<T> f = frame();
+            const SequenceFrame<T>& f = frame();
             team.product(E, H, P, f.state.hidden + (s.L - 1) * f.state.span * H, w.heads, params_of(f));
         }
         team.sync();
         team.elements(E, [&](const auto& own, Index e, Index room) NTM_INLINE {
             {
-                const SequenceFrame<T> f = frame();
+                const SequenceFrame<T>& f = frame();
                 T *memory = f.state.memory + e * MN, *rw = f.state.read_weights + e * RN;
                 T* ww = f.state.write_weights + e * WN;
                 T* inner = f.inner + room * ntm::room(s.step.forward_scratch());
-                auto step = [&](auto left) NTM_INLINE {
+                auto step = [&](auto left, auto norms) NTM_INLINE {
                     memory_step(own, s.step, o, memory, rw, ww, params_of(f) + e * P, f.state.reads + e * F, memory, rw,
-                                ww, inner, left);
+                                ww, inner, left, norms);
                 };
-                if constexpr (Team::staged)
-                    step(nullptr);
-                else
-                    step(keep ? left_active<Team>(s, trail, t, first + e) : f.active);
+                if constexpr (Team::staged) {
+                    step(nullptr, nullptr);
+                } else {
+                    Norms<T> norms = {f.norms + e * s.step.N, normed};
+                    T* active = keep ? left_active<Team>(s, trail, t, first + e) : f.active;
+                    left(own, s.step.active(), active);
+                    step(active, &norms);
+                    if (e + 1 == E) normed = norms.known;
+                }
             }
             own.sync();
-            const SequenceFrame<T> f = frame();
+            const SequenceFrame<T>& f = frame();
             copy(own, F, f.state.reads + e * F, features_of(f, e) + H);
             if constexpr (Team::takes_ends)
                 copy(own, s.O, w.output_bias, at(s, outputs, s.O, 0, t, first + e));
@@ -415,7 +444,8 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
     const Index H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), MN = s.memory();
     const Index RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
     constexpr bool aside = Team::staged;
-    auto frame = [&]() NTM_INLINE { return Frame(team, s, team.again(E), tile_of(s, grad, first)); };
+    const auto frame =
+        laid_out(team, E, [&](Size n) NTM_INLINE { return Frame(team, s, n, tile_of(s, grad, first)); });
     auto inner_of = [&](const Frame& f, Index room) NTM_INLINE {
         return f.inner + room * ntm::room(s.step.backward_scratch());
     };
@@ -431,7 +461,12 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
         if (step == begin || step == end) return trail.memory + ((kept - (step == begin)) * B + b) * MN;
         return segment + (e * s.every + step - begin) * MN;
     };
-    for (Index t = s.T - 1; t >= 0; --t) {
+    Index t = s.T - 1;
+    // Of what every step left behind, n numbers for every element: those of so many steps back are fetched ahead.
+    auto left = [&](const auto& own, Size n, const T* place, Index back) NTM_INLINE {
+        if (t >= back) own.ahead(n, place - back * B * n);
+    };
+    for (; t >= 0; --t) {
         auto dparams_kept = [&]() NTM_INLINE { return at(s, out.params, P, 0, t, first); };
         auto dparams_of = [&](const Frame& f) NTM_INLINE { return aside ? f.dparams : dparams_kept(); };
         auto dfeatures_of = [&](const Frame& f, Index e) NTM_INLINE -> const T* {
@@ -443,10 +478,13 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
             team.elements(E, [&](const auto& own, Index e, Index room) NTM_INLINE {
                 for (Index again = begin; again < t; ++again) {
                     Arena<T> arena{inner_of(frame(), room)};
-                    const auto left = left_active<Team>(s, trail, again, first + e);
-                    const Activated<T> active = place_active(arena, s.step, left);
+                    const Activated<T> active =
+                        place_active(arena, s.step, left_active<Team>(s, trail, again, first + e));
                     if constexpr (Team::staged)
                         active.write_vectors(own, s.step, o, at(s, trail.params, P, 0, again, first + e));
+                    else if (again + 1 < t)  // the next e and a
+                        own.ahead(2 * s.step.W * s.step.M, active.erase + B * s.step.active());
+                    if (again + 1 < t) own.ahead(WN, at(s, trail.write_weights, WN, 0, again + 1, first + e));
                     own.sync();
                     write(own, s.step.W, s.step.N, s.step.M, memory_before(again, e),
                           at(s, trail.write_weights, WN, 0, again, first + e), active.erase, active.add,
@@ -455,14 +493,14 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
                 }
             });
         if constexpr (Team::takes_ends) {
-            const Frame f = frame();
+            const Frame& f = frame();
             team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
                 clear(own, H + F, f.features + e * (H + F));
             });
             team.product(E, s.O, H + F, at(s, grad_outputs, s.O, 0, t, first), w.output, f.features);
         }
         team.elements(E, [&](const auto& own, Index e, Index room) NTM_INLINE {
-            const Frame f = frame();
+            const Frame& f = frame();
             const Size b = first + e;
             auto fetch = [&](T* to, const T* from, Index n) NTM_INLINE -> const T* {
                 own.put(n, from, to + e * n);
@@ -480,6 +518,12 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
             const T* earlier_rw = t ? at(s, trail.read_weights, RN, 0, t - 1, b) : start.read_weights;
             const T* earlier_ww = t ? at(s, trail.write_weights, WN, 0, t - 1, b) : start.write_weights;
             const T *rw = at(s, trail.read_weights, RN, 0, t, b), *ww = at(s, trail.write_weights, WN, 0, t, b);
+            left(own, RN, rw, 2);  // this step reads those of the one before, too
+            left(own, WN, ww, 2);
+            left(own, P, at(s, trail.params, P, 0, t, b), 1);
+            left(own, P, dparams_kept() + e * P, 1);
+            if constexpr (!Team::staged) left(own, s.step.active(), left_active<Team>(s, trail, t, b), 1);
+            if (t == begin && kept > 1) own.ahead(MN, trail.memory + ((kept - 2) * B + b) * MN);
             if constexpr (Team::holds_memory) fetch_both(f.memories, MN, before, after);
             if constexpr (aside) {
                 fetch_both(f.read_weights, RN, earlier_rw, rw);
@@ -500,7 +544,7 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
         });
         team.sync();
         {
-            const Frame f = frame();
+            const Frame& f = frame();
             team.product(E, P, H, dparams_of(f), w.heads, f.dh);
         }
         team.sync();
@@ -520,29 +564,33 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
                 return !l ? f.grad.reads : (s.L - 1 - l) % 2 ? f.dh : f.next;
             };
             team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
-                const Frame f = frame();
+                const Frame& f = frame();
                 const Size b = first + e;
                 const T* x = l ? at(s, trail.upper_x, G, l - 1, t, b) : at(s, trail.x, G, 0, t, b);
                 const TileState<const T> start = initial_of(s, initial, b);
                 T *dh = dh_of(f) + e * H, *dx = dx_of(f) + e * G, *dhidden = dhidden_of(f) + e * H;
+                left(own, G, x, 1);
                 own.tiles(H, [&](auto tile) NTM_INLINE { tile.store(dh, tile.load(dh) + tile.load(dhidden)); });
                 if (s.gru) {
                     const T* hidden = !t            ? start.hidden + l * start.span * H
                                       : l + 1 < s.L ? at(s, trail.hidden, H, l, t - 1, b)
                                                     : at(s, trail.features, H + F, 0, t - 1, b);
+                    left(own, G, at(s, trail.y, G, l, t, b), 1);
+                    if (t > 1) own.ahead(H, hidden - B * (l + 1 < s.L ? H : H + F));
                     gru_gates_backward<true>(own, H, x, at(s, trail.y, G, l, t, b), hidden, dh, dx, dy_of(f) + e * G,
                                              dhidden);
                     clear(own, K, below_of(f) + e * K);
                 } else {
                     const T* cell = t ? at(s, trail.cell, H, l, t - 1, b) : start.cell + l * start.span * H;
                     T* dcell = f.grad.cell + (l * f.grad.span + e) * H;
+                    left(own, H, at(s, trail.cell, H, l, t, b), 2);
                     lstm_gates_backward<true>(own, H, x, cell, at(s, trail.cell, H, l, t, b), dh, dcell, dx, dcell);
                     clear(own, K + H, f.joined + e * (K + H));
                 }
             });
             team.sync();
             {
-                const Frame f = frame();
+                const Frame& f = frame();
                 for_gates(s.gru, [&](bool second) NTM_INLINE {
                     team.product(E, G, !s.gru ? K + H : second ? H : K, second ? dy_of(f) : dx_of(f),
                                  second ? layer.hidden : layer.fed,
@@ -551,7 +599,7 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
             }
             team.sync();
             team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
-                const Frame f = frame();
+                const Frame& f = frame();
                 own.put(G, dx_of(f) + e * G, dx_kept() + e * G);
                 if (s.gru) {
                     own.put(G, dy_of(f) + e * G, dy_kept() + e * G);
