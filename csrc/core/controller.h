@@ -20,8 +20,8 @@ NTM_FN auto activated_lstm(const Tile& tile, Index H, const T* gates /*[4H]*/) {
                              Math::tanh(tile.load(gates + 2 * H)), sigmoid<Math>(tile.load(gates + 3 * H))};
 }
 
-// c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c'). In two passes: in one, a tile's tanh(c') would wait
-// for all that makes its c'.
+// c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c'). A thread alone takes two passes: in one, a tile's
+// tanh(c') would wait for all that makes its c'.
 template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
 NTM_PASS void lstm_gates(const Team& team, Index H, const T* gates /*[4H]: i, f, g, o*/, const T* cell /*[H]*/,
                          T* hidden /*[H]*/, T* new_cell /*[H]*/, Left activated = nullptr /*[4H] or nullptr*/) {
@@ -30,7 +30,7 @@ NTM_PASS void lstm_gates(const Team& team, Index H, const T* gates /*[4H]: i, f,
         const auto [i, f, g, o] = activated_lstm<Math>(tile, H, gates);
         const auto c = f * tile.load(cell) + i * g;
         tile.store(new_cell, c);
-        tile.store(hidden, o);
+        tile.store(hidden, Team::alone ? o : o * Math::tanh(c));
         if constexpr (present<Left>) {
             tile.store(activated, i);
             tile.store(activated + H, f);
@@ -38,9 +38,10 @@ NTM_PASS void lstm_gates(const Team& team, Index H, const T* gates /*[4H]: i, f,
             tile.store(activated + 3 * H, o);
         }
     });
-    team.tiles(H, [&](auto tile) NTM_INLINE {
-        tile.store(hidden, tile.load(hidden) * Math::tanh(tile.load(new_cell)));
-    });
+    if constexpr (Team::alone)
+        team.tiles(H, [&](auto tile) NTM_INLINE {
+            tile.store(hidden, tile.load(hidden) * Math::tanh(tile.load(new_cell)));
+        });
 }
 
 // Activated: the gates are.

@@ -21,6 +21,7 @@
 //   each(n, f)           calls f(i) for every i of 0..n, shared out over the threads
 //   sum(v), max(v)       over all lanes and threads; every thread gets the result
 //   ahead(n, p)          the n numbers at p are wanted soon, to be read or written: a hint, for a cache
+//   alone                whether it is one thread, which finds nothing else to do while it waits
 //   sync()               what the threads stored before is seen by all of them after
 //   staged               whether what lies far off is copied to scratch for the time of the work. in(arena, p, n) and
 //                        out(arena, p, n) are then places in scratch for the n numbers at p, else p itself; in()

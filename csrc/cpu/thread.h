@@ -303,7 +303,7 @@ struct Thread {
         for (Size i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
     }
 
-    static constexpr bool staged = false;  // the cache does it
+    static constexpr bool alone = true, staged = false;  // the cache does it
     NTM_FN static const T* in(Arena<T>&, const T* p, Index) { return p; }
     NTM_FN static T* out(Arena<T>&, T* p, Index) { return p; }
     NTM_FN static void put(Index, const T*, T*) {}

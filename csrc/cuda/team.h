@@ -228,6 +228,7 @@ struct Team {
     using Real = T;
     using V = Vector<T, W>;
     using Math = cuda::Math<T>;
+    static constexpr bool alone = false;
 
     template <class F>
     NTM_FN void tiles(Index n, F&& f) const {
