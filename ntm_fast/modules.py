@@ -94,6 +94,7 @@ class _NTM(nn.Module):
         factory = {"device": device, "dtype": dtype}
         n, m, r, w = memory_locations, memory_width, read_heads, write_heads
         self.controller_type = _choice("controller", controller, tuple(reference.CONTROLLERS))
+        self._machine = sequence.Machine(self.controller_type, num_layers, hidden_size, (n, m), (r, w), shift_range)
         self.controller = Controller(controller, input_size + r * m, hidden_size, num_layers, **factory)
         self.heads = nn.Linear(hidden_size, reference.params_size(r, w, m, shift_range), **factory)
         self.output = nn.Linear(hidden_size + r * m, output_size, **factory)
@@ -143,9 +144,7 @@ class _NTM(nn.Module):
 
     def why_no_sequence(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the sequence engine cannot serve this machine there; None when it can."""
-        memory, heads = (self.memory_locations, self.memory_width), (self.read_heads, self.write_heads)
-        sizes = self.num_layers, self.hidden_size, memory, heads, self.shift_range
-        return ops.why_no_sequence(device, dtype, sequence.Machine(self.controller_type, *sizes))
+        return ops.why_no_sequence(device, dtype, self._machine)
 
     def _choose_engine(self, weight: Tensor) -> str:
         """The engine that serves where ``weight`` is. Raises RuntimeError where a forced one cannot."""
@@ -231,8 +230,9 @@ class _NTM(nn.Module):
         collects what a trace shows.
         """
         engine = self._choose_engine(heads[0])
-        arguments = inputs, *state, self.controller.weights(), *heads
-        output = parameters(self.output, ("weight", "bias"))
+        # Modules too are looked up past the search of nn.Module, which a streamed step would notice.
+        arguments = inputs, *state, self._modules["controller"].weights(), *heads
+        output = parameters(self._modules["output"], ("weight", "bias"))
         options = self._options()
         if engine == "sequence" and records is None:
             arguments += tuple(output)
@@ -329,7 +329,7 @@ class FastNTM(_NTM):
         return outputs, trace if inputs.dim() == 3 else NTMTrace(*(t.squeeze(1) for t in trace))
 
     def _forward(self, inputs: Tensor, state: NTMState | None, records: list | None = None) -> tuple[Tensor, NTMState]:
-        heads = parameters(self.heads, ("weight", "bias"))
+        heads = parameters(self._modules["heads"], ("weight", "bias"))
         self._check_inputs(inputs, 3, heads[0])
         batched = inputs.dim() == 3
         if not batched:
@@ -358,7 +358,7 @@ class NTMCell(_NTM):
 
     def forward(self, inputs: Tensor, state: NTMState | None = None) -> tuple[Tensor, NTMState]:
         """One step from ``state`` (by default :meth:`initial_state`) -> output logits, new state."""
-        heads = parameters(self.heads, ("weight", "bias"))
+        heads = parameters(self._modules["heads"], ("weight", "bias"))
         self._check_inputs(inputs, 2, heads[0])
         batched = inputs.dim() == 2
         if not batched:

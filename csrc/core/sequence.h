@@ -7,8 +7,9 @@
 // its own. It provides
 //
 //   sync(), staged       as in team.h
-//   product(E, K, C, in, packed, out)
-//                        out[e, c] += sum_k in[e, k] weight[k, c], rows contiguous, weight packed
+//   product(E, K, C, in, weight, out)
+//                        out[e, c] += sum_k in[e, k] weight[k, c], rows contiguous; a weight is what its launcher
+//                        makes of one, mostly packed
 //   elements(E, f)       calls f(own, e, room) for every element, shared out over teams, own, that team.h describes;
 //                        room is a number less than rooms(E) that no two of them have at once
 //   takes_ends           whether it multiplies what is not recurrent too: the inputs, beside what else feeds the first
@@ -43,23 +44,23 @@ struct SequenceSizes {
     constexpr Size initial(Size b) const { return shared ? 0 : b; }  // whose initial state element b has
 };
 
-// Weights of a layer: packed for the direction in which they are used, and the biases.
-template <class T>
+// Weights of a layer, for the direction in which they are used, and the biases.
+template <class T, class Weight = const T*>
 struct LayerWeights {
-    const T* fed;     // forward: fed -> gates, backward: gates -> fed; for an LSTM [fed, hidden] in place of fed. In
+    Weight fed;       // forward: fed -> gates, backward: gates -> fed; for an LSTM [fed, hidden] in place of fed. In
                       // front of what else feeds the first layer forward, the inputs, where the team takes them.
-    const T* hidden;  // GRU: hidden -> gates, gates -> hidden
+    Weight hidden;    // GRU: hidden -> gates, gates -> hidden
     const T* bias_x;  // [gates]
     const T* bias_y;  // [gates]; GRU
 };
 
-template <class T>
+template <class T, class Weight = const T*>
 struct SequenceWeights {
-    const LayerWeights<T>* layers;  // [L]
-    const T* heads;                 // packed: H -> P, backward: P -> H
-    const T* heads_bias;            // [P]
-    const T* output;                // packed: features -> O, backward: O -> features; where the team takes the ends
-    const T* output_bias;           // [O]
+    const LayerWeights<T, Weight>* layers;  // [L]
+    Weight heads;                           // H -> P, backward: P -> H
+    const T* heads_bias;                    // [P]
+    Weight output;                          // features -> O, backward: O -> features; where the team takes the ends
+    const T* output_bias;                   // [O]
 };
 
 template <class T>
@@ -229,9 +230,9 @@ struct SequenceFrame {
 };
 
 // Elements first .. first + E - 1 through all steps, from the initial state to the final one.
-template <class Team, class T = typename Team::Real>
+template <class Team, class Weight, class T = typename Team::Real>
 NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Index E, bool keep,
-                     const SequenceWeights<T>& w, const T* inputs /*[T, B, I]*/, T* outputs /*[T, B, O]*/,
+                     const SequenceWeights<T, Weight>& w, const T* inputs /*[T, B, I]*/, T* outputs /*[T, B, O]*/,
                      const SequenceState<const T>& initial, const SequenceState<T>& final,
                      const SequenceTrail<T>& trail) {
     const Size B = s.B;
@@ -263,7 +264,7 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
             return at(s, trail.features, H + F, 0, t, first + e);
         };
         for (Index l = 0; l < s.L; ++l) {
-            const LayerWeights<T>& layer = w.layers[l];
+            const LayerWeights<T, Weight>& layer = w.layers[l];
             const bool takes = Team::takes_ends && l == 0, joins = takes || !s.gru;
             const Index I = takes ? s.I : 0, K = I + s.fed(l);
             auto x_kept = [&]() NTM_INLINE {
@@ -432,9 +433,9 @@ constexpr Size sequence_segment(const SequenceSizes& s, Size E) { return s.every
 // grad_outputs is [T, B, O] or, where the team does not take the ends, the features' gradient, [T, B, H + R M].
 // grad_final is the gradient of the final state, all 0 where its memory is nullptr; grad becomes that of the initial
 // one. Memories between the kept ones are written again, from the kept weights, a segment at a time.
-template <class Team, class T = typename Team::Real>
+template <class Team, class Weight, class T = typename Team::Real>
 NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const StepOptions& o, Size first, Index E,
-                              const SequenceWeights<T>& w, const SequenceState<const T>& initial,
+                              const SequenceWeights<T, Weight>& w, const SequenceState<const T>& initial,
                               const T* final_memory /*[B, M, N]*/, const SequenceTrail<const T>& trail,
                               const T* grad_outputs, const SequenceState<const T>& grad_final,
                               const SequenceState<T>& grad, const SequenceGrads<T>& out,
@@ -549,7 +550,7 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
         }
         team.sync();
         for (Index l = s.L - 1; l >= 0; --l) {
-            const LayerWeights<T>& layer = w.layers[l];
+            const LayerWeights<T, Weight>& layer = w.layers[l];
             const Index K = s.fed(l);
             auto dx_kept = [&]() NTM_INLINE {
                 return l ? at(s, out.upper_x, G, l - 1, t, first) : at(s, out.x, G, 0, t, first);

@@ -96,6 +96,13 @@ constexpr Size sequence_tile(const SequenceSizes& s) {
     return s.memory() * sizeof(T) > 16384 ? 4 : 8;
 }
 
+// One that multiplies: packed or, where it is used only once, as it is stored, in columns side by side
+template <class T>
+struct SequenceWeight {
+    const T* packed;
+    std::array<Columns<T>, 2> stored;
+};
+
 // What a sequence needs: one thread does it all.
 template <class T>
 struct SequenceThread {
@@ -108,8 +115,11 @@ struct SequenceThread {
     T* scratch() const { return own; }
     static Index again(Index n) { return n; }
     void sync() const {}
-    void product(Size E, Size K, Size C, const T* in, const T* packed, T* out) const {
-        cpu::product(E, K, C, in, packed, out);
+    void product(Size E, Size K, Size C, const T* in, const SequenceWeight<T>& weight, T* out) const {
+        if (weight.packed)
+            cpu::product(E, K, C, in, weight.packed, out);
+        else
+            product_unpacked(C, in, weight.stored, out);
     }
     template <class F>
     NTM_FN void elements(Size E, F&& f) const {
@@ -118,12 +128,12 @@ struct SequenceThread {
 };
 constexpr SequenceStaging in_place = {false, true, false, 1};
 
-// The weights of a whole sequence, packed for one direction, and its biases
+// The weights of a whole sequence, for one direction, and its biases. All are packed unless forward has but one step.
 template <class T>
 struct PackedSequence {
     const Scratch<T, 1> storage;
-    std::vector<LayerWeights<T>> layers;
-    SequenceWeights<T> weights;
+    std::vector<LayerWeights<T, SequenceWeight<T>>> layers;
+    SequenceWeights<T, SequenceWeight<T>> weights;
 
     static Size size(Size inputs, Size outputs, bool backward) {
         return backward ? packed_size<T>(outputs, inputs) : packed_size<T>(inputs, outputs);
@@ -143,15 +153,13 @@ struct PackedSequence {
         if (!storage.get()) return;
         const Size G = s.gates(), P = s.step.params();
         Arena<T> arena{storage.get()};
-        struct Source {
-            const T* weight;  // [outputs, stride]
-            Size stride, inputs;
-        };
-        auto take = [&](Size outputs, std::initializer_list<Source> sources) {  // side by side
-            Size inputs = 0, first = 0;
-            for (const Source& source : sources) inputs += source.inputs;
+        auto take = [&](Size outputs, Columns<T> left, Columns<T> right = {}) -> SequenceWeight<T> {
+            const std::array<Columns<T>, 2> stored = {left, right};
+            if (!backward && s.T * s.B == 1) return {nullptr, stored};
+            const Size inputs = left.count + right.count;
             T* packed = arena.take(size(inputs, outputs, backward));
-            for (const auto& [weight, stride, count] : sources) {
+            Size first = 0;
+            for (const auto& [weight, stride, count] : stored) {
                 if (backward)
                     pack(outputs, count, weight, stride, first, packed);
                 else
@@ -159,22 +167,22 @@ struct PackedSequence {
                 first += count;
             }
             if (backward) pad(outputs, inputs, packed);
-            return packed;
+            return {packed, stored};
         };
         for (Size l = 0; l < s.L; ++l, raw += 4) {
             const Size I = l ? 0 : s.I, skipped = backward ? I : 0;
-            const Source fed = {raw[0] + skipped, I + s.fed(l), I - skipped + s.fed(l)}, hidden = {raw[1], s.H, s.H};
+            const Columns<T> fed = {raw[0] + skipped, I + s.fed(l), I - skipped + s.fed(l)}, hidden = {raw[1], s.H, s.H};
             if (s.gru) {
-                const T* own = take(G, {fed});
-                layers.push_back({own, take(G, {hidden}), raw[2], raw[3]});
+                const SequenceWeight<T> own = take(G, fed);
+                layers.push_back({own, take(G, hidden), raw[2], raw[3]});
             } else {
                 T* bias = arena.take(G);
                 for (Size i = 0; i < G; ++i) bias[i] = raw[2][i] + raw[3][i];
-                layers.push_back({take(G, {fed, hidden}), nullptr, bias, nullptr});
+                layers.push_back({take(G, fed, hidden), {}, bias, nullptr});
             }
         }
-        const T* heads = take(P, {{raw[0], s.H, s.H}});
-        weights = {layers.data(), heads, raw[1], take(s.O, {{raw[2], s.features(), s.features()}}), raw[3]};
+        const SequenceWeight<T> heads = take(P, {raw[0], s.H, s.H});
+        weights = {layers.data(), heads, raw[1], take(s.O, {raw[2], s.features(), s.features()}), raw[3]};
     }
 };
 

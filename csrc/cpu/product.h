@@ -19,6 +19,13 @@ constexpr Size packed_size(Size K, Size C) {
     return (C + panel_width<T> - 1) / panel_width<T> * panel_width<T> * K;
 }
 
+// Columns of a matrix: count numbers of every row, a row every stride numbers
+template <class T>
+struct Columns {
+    const T* first;
+    Size stride, count;
+};
+
 // rows[i][j] becomes rows[j][i].
 template <int Distance, class T, int... J>
 NTM_FN void exchange(Vector<T, lanes<T>>& a, Vector<T, lanes<T>>& b, std::integer_sequence<int, J...>) {
@@ -164,12 +171,21 @@ inline void product(Size E, Size K, Size C, const T* in, const T* packed, T* out
     });
 }
 
-// Columns of a matrix: count numbers of every row, a row every stride numbers
-template <class T>
-struct Columns {
-    const T* first;
-    Size stride, count;
-};
+// out[c] += sum_k in[k] weight[c, k], of weights as they are stored, side by side: the same sums in the same order, of
+// the vectors that packing would store.
+template <class T, class Weights>
+inline void product_unpacked(Size C, const T* in, const Weights& weights, T* out) {
+    Thread<T>{}.tiles(C, [&](auto tile) NTM_INLINE {
+        Vector<T, lanes<T>> sum{};
+        const T* x = in;
+        for (const Columns<T>& columns : weights) {
+            across(C, tile.begin, columns.count, columns.first, columns.stride,
+                   [&](Size k, auto column) NTM_INLINE { sum += x[k] * column; });
+            x += columns.count;
+        }
+        tile.store(out, tile.load(out) + sum);
+    });
+}
 
 // What the gradient of a weight grows by, transposed: sums[c, g] += sum_n fed[n, c] x[n, g], where fed is several
 // matrices side by side, and x, a row every stride numbers, has the gradients of the outputs. The vectors are x's:
