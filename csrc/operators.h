@@ -149,12 +149,14 @@ struct Operators {
                                    SequenceState<const T> grad_final, SequenceState<T> grad_initial,
                                    SequenceGrads<T>);  // x and y may be those of the trail
     // The gradients of the weights, as weights above, from what the backward left behind. What the first steps met is
-    // in the initial state. Where this is not served, PyTorch computes them.
+    // in the initial state. Where that is one for all, its gradients are summed over the batch too. Where this is not
+    // served, PyTorch does it.
     Error (*ntm_sequence_weight_gradients)(Launch, SequenceSizes,
                                            const T* inputs,  // [T, B, I]
                                            SequenceState<const T> initial, SequenceTrail<const T> trail,
                                            const T* grad_outputs,  // [T, B, O]
-                                           SequenceGrads<const T>, T* const* grad_weights);
+                                           SequenceGrads<const T>, SequenceState<const T> grad,
+                                           SequenceState<T> sum, T* const* grad_weights);
 };
 
 // Indices within one element are 32 bit: what an element touches must be counted with them, and eight of them for a tile.

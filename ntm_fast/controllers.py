@@ -48,11 +48,9 @@ class Controller(nn.Module):
             else:
                 nn.init.uniform_(parameter, -bound, bound)
 
-    def initial_state(self, batch_size: int) -> tuple[Tensor, ...]:
-        """The learned initial state, each (layers, B, hidden)."""
-        return tuple(
-            getattr(self, f"initial_{name}").unsqueeze(1).expand(-1, batch_size, -1) for name in self.state_names
-        )
+    def initial_state(self) -> tuple[Tensor, ...]:
+        """The learned initial state, each (layers, hidden)."""
+        return tuple(parameters(self, [f"initial_{name}" for name in self.state_names]))
 
     def weights(self) -> list[Tensor]:
         """The weights and biases, layer by layer, as :func:`ops.ntm_sequence` takes them."""

@@ -131,15 +131,16 @@ class _NTM(nn.Module):
         """The (learned) state before the first step, for ``batch_size`` sequences."""
         _count("batch_size", batch_size, least=0)
 
-        def batch(tensor: Tensor) -> Tensor:
-            return tensor.expand(batch_size, -1, -1)
+        return NTMState(*reference.for_batch(batch_size, *self._shared_state()))
 
+    def _shared_state(self) -> NTMState:
+        """The state before the first step, without a batch dimension."""
         return NTMState(
-            memory=batch(self.initial_memory),
-            read_weights=batch(self.initial_read_weights.softmax(-1)),
-            write_weights=batch(self.initial_write_weights.softmax(-1)),
-            reads=batch(self.initial_reads),
-            controller=self.controller.initial_state(batch_size),
+            memory=self.initial_memory,
+            read_weights=self.initial_read_weights.softmax(-1),
+            write_weights=self.initial_write_weights.softmax(-1),
+            reads=self.initial_reads,
+            controller=self.controller.initial_state(),
         )
 
     def why_no_sequence(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -224,12 +225,15 @@ class _NTM(nn.Module):
         }
 
     def _run(
-        self, inputs: Tensor, state: NTMState, heads: list[Tensor], records: list | None = None
+        self, inputs: Tensor, state: NTMState | None, heads: list[Tensor], records: list | None = None
     ) -> tuple[Tensor, NTMState]:
         """inputs (T, B, I) -> outputs (T, B, O) and the final state. ``heads``: their weight and bias. ``records``
         collects what a trace shows.
         """
         engine = self._choose_engine(heads[0])
+        if state is None:
+            of_all = engine == "sequence" and records is None
+            state = self._shared_state() if of_all else self.initial_state(inputs.shape[1])
         # Modules too are looked up past the search of nn.Module, which a streamed step would notice.
         arguments = inputs, *state, self._modules["controller"].weights(), *heads
         output = parameters(self._modules["output"], ("weight", "bias"))
@@ -339,9 +343,7 @@ class FastNTM(_NTM):
         steps, batch, _ = inputs.shape
         if steps == 0:
             raise ValueError("inputs: got no time steps, expected at least one")
-        if state is None:
-            state = self.initial_state(batch)
-        else:
+        if state is not None:
             self._check_state(state, (batch,) if batched else (), heads[0])
             state = state if batched else _batched(state)
         outputs, state = self._run(inputs, state, heads, records)
@@ -363,9 +365,7 @@ class NTMCell(_NTM):
         batched = inputs.dim() == 2
         if not batched:
             inputs = inputs.unsqueeze(0)
-        if state is None:
-            state = self.initial_state(inputs.shape[0])
-        else:
+        if state is not None:
             self._check_state(state, (inputs.shape[0],) if batched else (), heads[0])
             state = state if batched else _batched(state)
         outputs, state = self._run(inputs.unsqueeze(0), state, heads)

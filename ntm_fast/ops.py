@@ -351,7 +351,10 @@ class _NTMSequence(torch.autograd.Function):
         if grad_outputs is None:
             grad_outputs = tensors[0].new_zeros(*tensors[0].shape[:2], tensors[-1].shape[0])
         if any([grad is not None for grad in grad_final]):
-            final = memory, *tensors[2:]  # or what has their shapes
+            final = nested(tensors, ctx.options[0])[1:6]  # what has their shapes
+            if tensors[1].dim() == 2:
+                final = reference.for_batch(memory.shape[0], *final)
+            final = memory, *final[1:4], *final[4]
             grad_final = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(final, grad_final)]
         else:
             grad_final = []
@@ -368,8 +371,8 @@ class _NTMSequence(torch.autograd.Function):
 _FUNCTIONS["ntm_sequence"] = _NTMSequence
 
 
-def _sequence_operator(controller: str, states: int, weights: int) -> _Operator:
-    """What :func:`_check` must know of an ntm_sequence with so many tensors."""
+def _sequence_operator(controller: str, states: int, weights: int, shared: bool) -> _Operator:
+    """What :func:`_check` must know of an ntm_sequence with so many tensors, its state ``shared`` or each's own."""
     kind = reference.CONTROLLERS[controller]
     layers, left = divmod(weights, len(kind.weights))
     if states != len(kind.state):
@@ -396,6 +399,8 @@ def _sequence_operator(controller: str, states: int, weights: int) -> _Operator:
 
     inputs = {"inputs": "TBI", "memory": _MEMORY, "read_weights": "BRN", "write_weights": "BWN", "reads": "BRM"}
     inputs |= {f"state[{index}]": "LBH" for index in range(states)}
+    if shared:
+        inputs = {name: letters if name == "inputs" else letters.replace("B", "") for name, letters in inputs.items()}
     inputs |= {f"weights[{index}]": own for index, own in enumerate(letters)}
     inputs |= {"heads_weight": "PH", "heads_bias": "P", "output_weight": "OF", "output_bias": "O"}
     return _Operator("ntm_sequence", "", inputs, {}, derived=derived)
@@ -671,16 +676,19 @@ def ntm_sequence(
     def why_not() -> str | None:
         if torch.compiler.is_compiling() and controller != "feedforward":
             return None  # sizes may be symbols
-        layers, _, hidden_size = state[0].shape if state else (1, 0, heads_weight.shape[1])
-        heads = read_weights.shape[1], write_weights.shape[1]
-        machine = sequence.Machine(controller, layers, hidden_size, tuple(memory.shape[1:]), heads, shift_range)
+        layers = state[0].shape[0] if state else 1
+        heads = read_weights.shape[-2], write_weights.shape[-2]
+        sizes = layers, heads_weight.shape[1], tuple(memory.shape[-2:]), heads
+        machine = sequence.Machine(controller, *sizes, shift_range)
         dtype = torch.float64 if heads_weight.dtype is torch.float64 else torch.float32  # autocast takes the rest to it
         return why_no_sequence(inputs.device, dtype, machine)
 
+    initial = memory, read_weights, write_weights, reads, *state
+    shared = all(isinstance(x, Tensor) and x.dim() == 2 for x in initial)
     describe = _sequence_operator if torch.compiler.is_compiling() else _cached_sequence_operator
     return grouped(
         _call(
-            describe(controller, len(state), len(weights)),
+            describe(controller, len(state), len(weights), shared),
             in_a_row((*arguments, state, weights, heads_weight, heads_bias, output_weight, output_bias)),
             options,
             why_not,

@@ -296,6 +296,14 @@ def unroll(
     return stacked, memory, read_weights, write_weights, reads, tuple(torch.stack(tensors) for tensors in zip(*states))
 
 
+def for_batch(
+    batch: int, memory: Tensor, read_weights: Tensor, write_weights: Tensor, reads: Tensor, state: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """A state without a batch dimension, one for all sequences, as that of so many."""
+    rest = (x.expand(batch, -1, -1) for x in (memory, read_weights, write_weights, reads))
+    return *rest, tuple(x.unsqueeze(1).expand(-1, batch, -1) for x in state)
+
+
 def ntm_sequence(
     inputs: Tensor,
     memory: Tensor,
@@ -332,7 +340,7 @@ def ntm_sequence(
         memory, read_weights, write_weights, reads: the state before the first step, (B, N, M), (B, R, N), (B, W, N)
             and (B, R, M).
         state: the controller's, L layers of H units: (hidden, cell) for an LSTM, (hidden,) for a GRU, () for
-            feedforward; each (L, B, H).
+            feedforward; each (L, B, H). The whole state may lack its B: it is one for all sequences then.
         weights: layer by layer, as ``nn.LSTM`` and ``nn.GRU`` have them, weight_ih (G, I + R M) or, above the first
             layer, (G, H); weight_hh (G, H); bias_ih and bias_hh (G,). G is 4H for an LSTM, 3H for a GRU; feedforward
             layers of tanh units, G = H, have weight_ih and bias_ih alone.
@@ -352,6 +360,9 @@ def ntm_sequence(
         TypeError, ValueError: from :mod:`ops`, naming the argument whose type, shape, dtype or device is wrong.
     """
     check_lengths(lengths)
+    if memory.dim() == 2:
+        shared = memory, read_weights, write_weights, reads, state
+        memory, read_weights, write_weights, reads, state = for_batch(inputs.shape[1], *shared)
     features, *final = unroll(
         sys.modules[__name__],
         inputs,

@@ -17,7 +17,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, reference
 
 # Bytes of memories up to which every step's is kept. Beyond, writing them again is faster on a CPU, whose cache they
 # leave; a GPU's memory need not be full of them.
@@ -109,6 +109,7 @@ class _Plan(NamedTuple):
     G: int
     gru: bool
     takes_ends: bool  # whether the native loop multiplies inputs and features too
+    shared: bool  # whether the initial state is one for the whole batch, and has no dimension for it
     sizes: tuple  # as the native functions take them
     options: tuple  # as these do
     minor: tuple  # the strides of a memory (B, N, M) in the native layout, [B, M, N]
@@ -132,8 +133,9 @@ def _make_plan(
 ) -> _Plan:
     """Of the options, the tensors' shapes, the bytes of a number, the device's type and what its kernels do."""
     options = Options(*options)
-    (T, B, I), (_, N, M), (_, R, _), (_, W, _) = inputs, memory, read_weights, write_weights
-    (L, _, H), (P, _), (O, _) = state, heads, output
+    (T, B, I), (N, M), R, W = inputs, memory[-2:], read_weights[-2], write_weights[-2]
+    (L, *_, H), (P, _), (O, _) = state, heads, output
+    shared = len(memory) == 2
     gru = options.controller == "gru"
     G, K = (3 if gru else 4) * H, 2 * options.shift_range + 1
     every = kept_every(options.memory_checkpoint or "auto", T, B * N * M * item, device_type) if keep else T
@@ -153,8 +155,8 @@ def _make_plan(
         (T if takes_ends else 0, B, (R + W) * (M + K + 3 * (K + 3)) + 2 * W * M),
     ]
     return _Plan(
-        *(T, B, I, O, L, H, G, gru, takes_ends),
-        sizes=(T, B, I, O, L, H, gru, *step, every),
+        *(T, B, I, O, L, H, G, gru, takes_ends, shared),
+        sizes=(T, B, I, O, L, H, gru, *step, every, shared),
         options=_native.step_scalars(*options[2:7]),
         minor=(N * M, 1, N),
         final=[(B, M, N), (B, R, N), (B, W, N), (B, R, M), *states],
@@ -180,19 +182,9 @@ def _native_layout(
     plan: _Plan, memory: Tensor, read_weights: Tensor, write_weights: Tensor, reads: Tensor, state: Sequence[Tensor]
 ) -> list[Tensor]:
     """A state as it lies in the native layout."""
-    if memory.stride() != plan.minor:
+    if memory.stride() != plan.minor[-memory.dim() :]:
         memory = memory.mT.contiguous()
     return [memory, *_contiguous((read_weights, write_weights, reads, *state))]
-
-
-def _initial(
-    plan: _Plan, memory: Tensor, read_weights: Tensor, write_weights: Tensor, reads: Tensor, state: Sequence[Tensor]
-) -> tuple[list[Tensor], bool]:
-    """The initial state as it lies in the native layout, and whether it is one for the whole batch."""
-    of_elements = memory, read_weights, write_weights, reads
-    if any(x.stride(0) for x in of_elements) or any(x.stride(1) for x in state):  # mostly the first one's
-        return _native_layout(plan, *of_elements, state), False
-    return _native_layout(plan, *[x[:1] for x in of_elements], [x[:, :1] for x in state]), True
 
 
 def _addresses(plan: _Plan, state: Sequence[Tensor]) -> list[int]:
@@ -239,7 +231,7 @@ def forward(
     """
     keep = rest[-1]
     plan = _plan(rest[:-1], keep, inputs, memory, read_weights, write_weights, state, heads_weight, output_weight)
-    initial, shared = _initial(plan, memory, read_weights, write_weights, reads, state)
+    initial = _native_layout(plan, memory, read_weights, write_weights, reads, state)
     weights = _contiguous((*weights, heads_weight, heads_bias, output_weight, output_bias))
     table = _table(weights)
     outputs, final, trail = allocate(plan, inputs, keep)
@@ -253,7 +245,6 @@ def forward(
         "ntm_sequence",
         inputs,
         *plan.sizes,
-        shared,
         *plan.options,
         keep,
         table.buffer_info()[0],
@@ -318,7 +309,7 @@ def backward(
     plan = _plan(rest[:-1], True, inputs, memory, read_weights, write_weights, state, heads_weight, output_weight)
     T, B, I, O, L, H, G, *_ = plan
     grad_outputs, trail = grad_outputs.contiguous(), Trail(*trail)
-    initial, shared = _initial(plan, memory, read_weights, write_weights, reads, state)
+    initial = _native_layout(plan, memory, read_weights, write_weights, reads, state)
     final_memory = final_memory.transpose(1, 2).contiguous()
     after = [0] * 6
     if grad_final:
@@ -341,7 +332,6 @@ def backward(
             "ntm_sequence_backward",
             inputs,
             *plan.sizes,
-            shared,
             *plan.options,
             table.buffer_info()[0],
             *initial_addresses,
@@ -355,22 +345,30 @@ def backward(
         if _native.why_not(inputs.device.type, inputs.dtype is torch.float64, "ntm_sequence_weight_gradients") is None:
             grad_weights = [_empty(inputs, weight.shape) for weight in weights]
             (inputs,), grad_table = _contiguous([inputs]), _table(grad_weights)
+            sums = grad
+            if plan.shared:
+                sums = [_empty(inputs, shape[1:]) for shape in plan.final[:4]] + [_empty(inputs, (L, H)) for _ in state]
             _native.call(
                 "ntm_sequence_weight_gradients",
                 inputs,
                 *plan.sizes,
-                shared,
                 inputs.data_ptr(),
                 *initial_addresses,
                 *trail_addresses,
                 grad_outputs.data_ptr(),
                 *grad_addresses,
+                *_addresses(plan, grad),
+                *_addresses(plan, sums),
                 grad_table.buffer_info()[0],
             )
         else:
+            sums = grad
+            if plan.shared:
+                *_, reads, state = reference.for_batch(B, memory, read_weights, write_weights, reads, state)
+                sums = [x.sum(0) for x in grad[:4]] + [x.sum(1) for x in grad[4:]]
             grad_weights = weight_gradients(plan, inputs, reads, state[0], trail, grad_outputs, *of_gates)
-        grad_memory, *grad_rest = grad
-        found = [grad_memory.transpose(1, 2), *grad_rest, *grad_weights]
+        grad_memory, *grad_rest = sums
+        found = [grad_memory.mT, *grad_rest, *grad_weights]
         if needs_inputs:
             found.append((grad_x.view(T * B, G) @ weights[0][:, :I]).view(T, B, I))
     return found
@@ -431,6 +429,6 @@ def fake_backward(
     *rest,
 ) -> list[Tensor]:
     """:func:`backward` on shapes alone."""
-    minor = memory.new_empty(memory.shape[0], memory.shape[2], memory.shape[1]).transpose(1, 2)
+    minor = memory.new_empty(memory.mT.shape).mT
     others = read_weights, write_weights, reads, *state, *weights, heads_weight, heads_bias, output_weight, output_bias
     return [minor, *(x.new_empty(x.shape) for x in (*others, *([inputs] if rest[-1] else [])))]

@@ -653,23 +653,27 @@ def test_under_torch_checkpoint(backend: Backend) -> None:
 # --- the operator -----------------------------------------------------------------------------------------------------
 
 
-def arguments(case: Case) -> tuple[list, dict[str, Any]]:
-    """What ops.ntm_sequence is called with."""
+def arguments(case: Case, shared: bool = False) -> tuple[list, dict[str, Any]]:
+    """What ops.ntm_sequence is called with. ``shared``: the first element's state, without its batch dimension."""
     ntm = case.module("reference").requires_grad_(False)
     options = {**ntm._options(), "controller": case.controller, "memory_checkpoint": case.checkpoint}
     last = ntm.heads.weight, ntm.heads.bias, ntm.output.weight, ntm.output.bias
-    return [case.inputs(), *case.state(), ntm.controller.weights(), *last], options
+    *first, state = case.state()
+    if shared:
+        first, state = [x[0] for x in first], tuple(x[:, 0] for x in state)
+    return [case.inputs(), *first, state, ntm.controller.weights(), *last], options
 
 
 def tensors_of(values: Any) -> list[Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(values) if isinstance(x, Tensor)]
 
 
+@pytest.mark.parametrize("shared", (False, True), ids=("state of each", "state of all"))
 @pytest.mark.parametrize("controller", ("lstm", "gru", "feedforward"))
-def test_operator_and_twin_agree(backend: Backend, controller: str) -> None:
+def test_operator_and_twin_agree(backend: Backend, controller: str, shared: bool) -> None:
     """Called as one calls it, values and gradients; feedforward by way of the reference."""
     case = Case(controller if controller != "feedforward" else "gru", layers=2, R=2)
-    values, options = arguments(case)
+    values, options = arguments(case, shared)
     if controller == "feedforward":
         values[5], values[6] = (), [w for w in values[6] if len(w) == 3 * case.hidden]
         values[6] = [w[: case.hidden] for w in (values[6][0], values[6][2], values[6][4], values[6][6])]
@@ -687,11 +691,33 @@ def test_operator_and_twin_agree(backend: Backend, controller: str) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("change", [{}, {"layers": 2, "checkpoint": 2}, {"controller": "gru", "layers": 2}], ids=str)
+def test_a_state_for_all_is_that_state_for_each(backend: Backend) -> None:
+    """The reference's too: it is what the others are compared with."""
+    values, options = arguments(Case(layers=2, R=2, W=2), shared=True)
+    for module in (reference, ops):
+        found = []
+        for each in (False, True):
+            leaves = [x.detach().requires_grad_() for x in tensors_of(values[1:6])]
+            state = torch.utils._pytree.tree_unflatten(leaves, torch.utils._pytree.tree_structure(values[1:6]))
+            if each:
+                state = reference.for_batch(values[0].shape[1], *state)
+            outputs, *final = module.ntm_sequence(values[0], *state, *values[6:], **options)
+            loss = outputs.square().sum() + sum(x.cos().sum() for x in tensors_of(final))
+            found.append([outputs, *tensors_of(final), *torch.autograd.grad(loss, leaves)])
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"layers": 2, "checkpoint": 2}, {"controller": "gru", "layers": 2}, {"shared": True}],
+    ids=str,
+)
 def test_opcheck(backend: Backend, change: dict) -> None:
     """Schema, fake and functionalisation, of the operator and of its backward."""
+    shared = change.get("shared", False)
+    change = {name: value for name, value in change.items() if name != "shared"}
     case = Case(**{**dict(T=3, B=2, hidden=4, N=5, M=3, R=2), **change}, dtype=torch.float32)
-    values, options = arguments(case)
+    values, options = arguments(case, shared)
     options |= {"eps": 1e-8, "memory_checkpoint": 0 if case.checkpoint == "auto" else case.checkpoint}
     schema = torch.ops.ntm_fast.ntm_sequence.default._schema.arguments
     positional = [options[argument.name] for argument in schema if argument.name in options]

@@ -233,7 +233,8 @@ constexpr Size gradient_rows = 128;  // at a time: the gradients of so many outp
 template <class T>
 Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const T* inputs, SequenceState<const T> initial,
                                     SequenceTrail<const T> trail, const T* grad_outputs,
-                                    SequenceGrads<const T> grads, T* const* grad_weights) {
+                                    SequenceGrads<const T> grads, SequenceState<const T> grad, SequenceState<T> sum,
+                                    T* const* grad_weights) {
     const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), O = s.O, rows = s.T * B;
     const Size shares = launch.threads;
     auto first_of = [=](Size outputs, Size share) {
@@ -299,6 +300,21 @@ Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const T* inp
             }
         }
         gradients(P, grads.params, [&](Size n) { return Two{hidden(s.L - 1, n), ones}; }, {{to[0], H}, {to[1], 1}});
+        auto sum_up = [&](Size size, const T* of_elements, T* to) {  // [B, size]
+            const Size first = first_of(size, share), count = first_of(size, share + 1) - first;
+            std::fill_n(to + first, count, T(0));
+            add_weight_gradient(B, count, of_elements + first, size, std::array<Columns<T>, 1>{ones}, to + first);
+        };
+        if (s.shared) {
+            sum_up(s.memory(), grad.memory, sum.memory);
+            sum_up(s.step.R * s.step.N, grad.read_weights, sum.read_weights);
+            sum_up(s.step.W * s.step.N, grad.write_weights, sum.write_weights);
+            sum_up(F, grad.reads, sum.reads);
+            for (Size l = 0; l < s.L; ++l) {
+                sum_up(H, grad.hidden + l * B * H, sum.hidden + l * H);
+                if (!s.gru) sum_up(H, grad.cell + l * B * H, sum.cell + l * H);
+            }
+        }
         auto features = [&](Size n) { return Two{Columns<T>{trail.features + n * (H + F), H + F, H + F}, ones}; };
         gradients(O, grad_outputs, features, {{to[2], H + F}, {to[3], 1}});
     });
