@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -94,7 +95,6 @@ class _NTM(nn.Module):
         factory = {"device": device, "dtype": dtype}
         n, m, r, w = memory_locations, memory_width, read_heads, write_heads
         self.controller_type = _choice("controller", controller, tuple(reference.CONTROLLERS))
-        self._machine = sequence.Machine(self.controller_type, num_layers, hidden_size, (n, m), (r, w), shift_range)
         self.controller = Controller(controller, input_size + r * m, hidden_size, num_layers, **factory)
         self.heads = nn.Linear(hidden_size, reference.params_size(r, w, m, shift_range), **factory)
         self.output = nn.Linear(hidden_size + r * m, output_size, **factory)
@@ -142,6 +142,12 @@ class _NTM(nn.Module):
             reads=self.initial_reads,
             controller=self.controller.initial_state(),
         )
+
+    @functools.cached_property
+    def _machine(self) -> sequence.Machine:
+        memory, heads = (self.memory_locations, self.memory_width), (self.read_heads, self.write_heads)
+        sizes = self.num_layers, self.hidden_size, memory, heads, self.shift_range
+        return sequence.Machine(self.controller_type, *sizes)
 
     def why_no_sequence(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the sequence engine cannot serve this machine there; None when it can."""
@@ -232,7 +238,7 @@ class _NTM(nn.Module):
         """
         engine = self._choose_engine(heads[0])
         if state is None:
-            of_all = engine == "sequence" and records is None
+            of_all = engine == "sequence" and records is None and type(self).initial_state is _NTM.initial_state
             state = self._shared_state() if of_all else self.initial_state(inputs.shape[1])
         # Modules too are looked up past the search of nn.Module, which a streamed step would notice.
         arguments = inputs, *state, self._modules["controller"].weights(), *heads

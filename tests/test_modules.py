@@ -206,8 +206,10 @@ def _check_engines(engine: str, options: dict, steps: int = 8) -> None:
     single = _train_step("reference", torch.float32, options, steps)
     float32 = _train_step(engine, torch.float32, options, steps)
     relative = lambda got, name: (got[name] - truth[name]).norm() / truth[name].norm()  # noqa: E731
-    # Gradients run back through one chain of eight steps: what torch's float32 loses in the worst of them, any may.
-    allowed = max(1e-5, 2 * max(relative(single, name) for name in truth))
+    # Gradients run back through one chain of eight steps: what torch's float32 loses in the worst of them, any may. Four
+    # times, because that is one draw of many: over 60 machines drawn at random, the worst error of an engine was 0.9 of
+    # torch's in the middle, and in one of ten more than twice.
+    allowed = max(1e-5, 4 * max(relative(single, name) for name in truth))
     assert allowed < 1e-3
     for name in truth:
         assert relative(double, name) < 1e-10, name  # rounding amplified by eight steps

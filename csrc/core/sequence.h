@@ -254,7 +254,9 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
     team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
         copy_state(own, s, true, 0, initial_of(s, initial, first + e), e, frame().state);
     });
-    [[maybe_unused]] bool normed = false;  // whether the norms of the memories that a step finds are known
+    // Whether the norms of the memories that a step finds are known: of all elements alike, one thread's in turn.
+    static_assert(Team::staged || Team::takes_ends);
+    [[maybe_unused]] bool normed = false;
     for (; t < s.T; ++t) {
         auto params_of = [&](const SequenceFrame<T>& f) NTM_INLINE {
             return aside ? f.params : at(s, trail.params, P, 0, t, first);
@@ -282,11 +284,10 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
                 T* x = x_of(f) + e * G;
                 own.sync();
                 const Index every = team.again(s.every);
-                if (keep && l == 0) {
-                    T* next = trail.memory + (t / every * B + first + e) * MN;  // of those kept, the first after this step
-                    if (t && t % every == 0) copy(own, MN, f.state.memory + e * MN, next - B * MN);
-                    if (t + 1 < s.T && (t + 1) % every == 0) own.ahead(MN, next);
-                }
+                auto kept = [&](Index n) NTM_INLINE { return trail.memory + ((n - 1) * B + first + e) * MN; };
+                if (keep && l == 0 && t && t % every == 0)
+                    copy(own, MN, f.state.memory + e * MN, kept(t / every));
+                if (keep && l == 0 && t + 1 < s.T && (t + 1) % every == 0) own.ahead(MN, kept((t + 1) / every));
                 if (l || takes)
                     copy(own, G, layer.bias_x, x);
                 else

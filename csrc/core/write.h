@@ -19,15 +19,14 @@ NTM_PASS void write_heads(const Team& team, Index H, Index N, Index M, const T* 
             unroll<block.count>([&](auto k) NTM_INLINE { x[k] = tile.load(memory + (block.first + k) * N); });
             unroll<block.count>([&](auto k) NTM_INLINE {
                 const Index m = block.first + k;
-                V kept = x[k], others{};
+                V keep = 1 - first * erase[m], sum = first * add[m];
                 if constexpr (!Alone)
                     for (Index h = 1; h < H; ++h) {
                         const V w = tile.load(weights + h * N);
-                        kept *= 1 - w * erase[h * M + m];
-                        others += w * add[h * M + m];
+                        keep *= 1 - w * erase[h * M + m];
+                        sum += w * add[h * M + m];
                     }
-                kept += first * (add[m] - kept * erase[m]);
-                tile.store(written + m * N, Alone ? kept : kept + others);
+                tile.store(written + m * N, x[k] * keep + sum);
             });
         });
     });

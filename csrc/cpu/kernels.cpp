@@ -128,7 +128,7 @@ struct SequenceThread {
 };
 constexpr SequenceStaging in_place = {false, true, false, 1};
 
-// The weights of a whole sequence, for one direction, and its biases. All are packed unless forward has but one step.
+// The weights of a whole sequence, for one direction, and its biases. All are packed but for one step of one element.
 template <class T>
 struct PackedSequence {
     const Scratch<T, 1> storage;

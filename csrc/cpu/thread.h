@@ -264,7 +264,7 @@ struct Thread {
         chunks<2>(m, [&](auto block) NTM_INLINE { rows_of<S>(block, n, f, done); });
     }
 
-    // Four tiles at a time share what f loads for a row, and no sum waits for itself.
+    // Four tiles at a time share what f loads for a row, and their sums need not wait for themselves.
     template <int S, class F, class G>
     NTM_FN void columns(Index m, Index n, F&& f, G&& done) const {
         constexpr int block = 4 * lanes<T>;
