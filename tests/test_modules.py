@@ -144,6 +144,18 @@ def test_initial_state_is_the_default_and_learns() -> None:
         assert not without, f"no gradient for {without}"
 
 
+class _StartsAside(FastNTM):
+    def initial_state(self, batch_size: int) -> NTMState:
+        return super().initial_state(batch_size).map(lambda x: x + 0.3)
+
+
+def test_an_initial_state_of_ones_own_is_asked_for() -> None:
+    inputs = some(3, 2, 3)
+    wanted = make(_StartsAside, controller="lstm")(inputs)[0]
+    assert not torch.allclose(make(controller="lstm")(inputs)[0], wanted)
+    torch.testing.assert_close(make(_StartsAside, "auto", controller="lstm")(inputs)[0], wanted, **CLOSE)
+
+
 def test_gradients_reach_the_state_given() -> None:
     ntm = make()
     state = ntm.initial_state(2).map(lambda x: x.detach().clone().requires_grad_())
@@ -206,9 +218,9 @@ def _check_engines(engine: str, options: dict, steps: int = 8) -> None:
     single = _train_step("reference", torch.float32, options, steps)
     float32 = _train_step(engine, torch.float32, options, steps)
     relative = lambda got, name: (got[name] - truth[name]).norm() / truth[name].norm()  # noqa: E731
-    # Gradients run back through one chain of eight steps: what torch's float32 loses in the worst of them, any may. Four
-    # times, because that is one draw of many: over 60 machines drawn at random, the worst error of an engine was 0.9 of
-    # torch's in the middle, and in one of ten more than twice.
+    # Gradients run back through one chain of eight steps: what torch's float32 loses in the worst of them, any may.
+    # Four times, because that is one draw of many: over 60 machines drawn at random, an engine's worst error was 0.9
+    # of torch's in the middle, and in one of ten more than twice.
     allowed = max(1e-5, 4 * max(relative(single, name) for name in truth))
     assert allowed < 1e-3
     for name in truth:
