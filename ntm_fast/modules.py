@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -143,15 +142,11 @@ class _NTM(nn.Module):
             controller=self.controller.initial_state(),
         )
 
-    @functools.cached_property
-    def _machine(self) -> sequence.Machine:
-        memory, heads = (self.memory_locations, self.memory_width), (self.read_heads, self.write_heads)
-        sizes = self.num_layers, self.hidden_size, memory, heads, self.shift_range
-        return sequence.Machine(self.controller_type, *sizes)
-
     def why_no_sequence(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the sequence engine cannot serve this machine there; None when it can."""
-        return ops.why_no_sequence(device, dtype, self._machine)
+        memory, heads = (self.memory_locations, self.memory_width), (self.read_heads, self.write_heads)
+        sizes = self.num_layers, self.hidden_size, memory, heads, self.shift_range
+        return ops.why_no_sequence(device, dtype, sequence.Machine(self.controller_type, *sizes))
 
     def _choose_engine(self, weight: Tensor) -> str:
         """The engine that serves where ``weight`` is. Raises RuntimeError where a forced one cannot."""
