@@ -710,15 +710,10 @@ def test_a_state_for_all_is_that_state_for_each(backend: Backend) -> None:
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{}, {"layers": 2, "checkpoint": 2}, {"controller": "gru", "layers": 2}, {"shared": True}],
-    ids=str,
-)
-def test_opcheck(backend: Backend, change: dict) -> None:
+@pytest.mark.parametrize("shared", (False, True), ids=("state of each", "state of all"))
+@pytest.mark.parametrize("change", [{}, {"layers": 2, "checkpoint": 2}, {"controller": "gru", "layers": 2}], ids=str)
+def test_opcheck(backend: Backend, change: dict, shared: bool) -> None:
     """Schema, fake and functionalisation, of the operator and of its backward."""
-    shared = change.get("shared", False)
-    change = {name: value for name, value in change.items() if name != "shared"}
     case = Case(**{**dict(T=3, B=2, hidden=4, N=5, M=3, R=2), **change}, dtype=torch.float32)
     values, options = arguments(case, shared)
     options |= {"eps": 1e-8, "memory_checkpoint": 0 if case.checkpoint == "auto" else case.checkpoint}
