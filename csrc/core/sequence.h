@@ -243,9 +243,12 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
         return SequenceFrame<T>(team, s, n, aside, tile_of(s, final, first));
     });
     Index t = 0;
-    // Of what every step leaves behind, n numbers for every element: the next step's place is fetched ahead.
+    // Of what every step finds or leaves behind, n numbers for every element: the next step's place is fetched ahead.
+    auto passed = [&](const auto& own, Size n, const T* place) NTM_INLINE {
+        if (t + 1 < s.T) own.ahead(n, place + B * n);
+    };
     auto left = [&](const auto& own, Size n, const T* place) NTM_INLINE {
-        if (keep && t + 1 < s.T) own.ahead(n, place + B * n);
+        if (keep) passed(own, n, place);
     };
     auto leave = [&](const auto& own, Size n, const T* from, T* to) NTM_INLINE {
         if (keep && from != to) copy(own, n, from, to);
@@ -295,7 +298,11 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
                         tile.store(x, tile.load(x_kept() + e * G) + tile.load(layer.bias_x));
                     });
                 T* joined = f.joined + e * (s.gru ? K : K + H);
-                if (takes) copy(own, I, at(s, inputs, I, 0, t, first + e), joined);
+                if (takes) {
+                    const T* met = at(s, inputs, I, 0, t, first + e);
+                    copy(own, I, met, joined);
+                    passed(own, I, met);
+                }
                 if (joins) copy(own, K - I, fed_of(f) + e * (K - I), joined + I);
                 if (s.gru)
                     copy(own, G, layer.bias_y, y_of(f) + e * G);
@@ -363,8 +370,11 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
             own.sync();
             const SequenceFrame<T>& f = frame();
             copy(own, F, f.state.reads + e * F, features_of(f, e) + H);
-            if constexpr (Team::takes_ends)
-                copy(own, s.O, w.output_bias, at(s, outputs, s.O, 0, t, first + e));
+            if constexpr (Team::takes_ends) {
+                T* output = at(s, outputs, s.O, 0, t, first + e);
+                copy(own, s.O, w.output_bias, output);
+                passed(own, s.O, output);
+            }
             leave(own, P, params_of(f) + e * P, at(s, trail.params, P, 0, t, first + e));
             leave(own, RN, f.state.read_weights + e * RN, at(s, trail.read_weights, RN, 0, t, first + e));
             leave(own, WN, f.state.write_weights + e * WN, at(s, trail.write_weights, WN, 0, t, first + e));
@@ -498,6 +508,7 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
             const Frame& f = frame();
             team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
                 clear(own, H + F, f.features + e * (H + F));
+                left(own, s.O, at(s, grad_outputs, s.O, 0, t, first + e), 1);
             });
             team.product(E, s.O, H + F, at(s, grad_outputs, s.O, 0, t, first), w.output, f.features);
         }
