@@ -152,7 +152,7 @@ def _make_plan(
         (T, B, R, N),
         (T, B, W, N),
         ((T - 1) // every, B, M, N),
-        (T if takes_ends else 0, B, (R + W) * (M + K + 3 * (K + 3)) + 2 * W * M),
+        (T if takes_ends else 0, B, (R + W) * (M + K + 2 * (K + 3)) + 2 * W * M),
     ]
     return _Plan(
         *(T, B, I, O, L, H, G, gru, takes_ends, shared),

@@ -52,14 +52,10 @@ NTM_PASS void cosine(const Team& team, Index N, Index M, T eps, T key_norm, cons
         });
 }
 
-// wc = softmax(beta c). No cosine is beyond 1, so beta is a bound: the highest is looked for only where all might
-// vanish below it, and where a single location is to have a weight of 1 without rounding.
+// wc = softmax(beta c), where no cosine is beyond 1
 template <class Team, class T = typename Team::Real>
 NTM_PASS void content_weights(const Team& team, Index N, T beta, const T* cosine, T* content) {
-    const auto z = [&](auto tile) NTM_INLINE { return beta * tile.load(cosine); };
-    const T most = beta < 0 ? -beta : beta;
-    const T bound = most <= 40 && N > 1 ? most : highest(team, N, z);
-    softmax(team, N, beta, cosine, bound, content);
+    softmax(team, N, [&](auto tile) NTM_INLINE { return beta * tile.load(cosine); }, beta < 0 ? -beta : beta, content);
 }
 
 // From dwc to dk, dbeta and dM. dwc is overwritten with dc/(A B), cosine with dc c / B^2. grad_memory becomes

@@ -125,10 +125,10 @@ NTM_FN void activate_vector_backward(const Team& team, Index M, T clip, bool tan
 // way and what is wanted is picked, one vector's work, where numbers one by one are six.
 template <class T>
 struct Scalars {
-    T *clamped, *positive, *squashed;  // [K + 3]
+    T *positive, *squashed;  // [K + 3]
 };
 
-// A head's raw parameters lie in the order k (M), beta, g, s (K), gamma. What activate_shift reads is left to a sync().
+// A head's raw parameters lie in the order k (M), beta, g, s (K), gamma.
 template <class Team, class T = typename Team::Real>
 NTM_PASS void activate_head(const Team& team, Index M, Index K, T clip, bool key_tanh, const T* raw, T* key /*[M]*/,
                             const Scalars<T>& scalars) {
@@ -136,16 +136,15 @@ NTM_PASS void activate_head(const Team& team, Index M, Index K, T clip, bool key
     activate_vector(team, M, clip, key_tanh, raw, key);
     team.tiles(K + 3, [&](auto tile) NTM_INLINE {
         const auto x = clamp<Math>(tile.load(raw + M), clip);
-        tile.store(scalars.clamped, x);
         tile.store(scalars.positive, softplus<Math>(x));
         tile.store(scalars.squashed, sigmoid<Math>(x));
     });
 }
 
 template <class Team, class T = typename Team::Real>
-NTM_PASS void activate_shift(const Team& team, Index K, const Scalars<T>& scalars, T* shift /*[K]*/) {
-    const T* raw = scalars.clamped + 2;
-    softmax(team, K, T(1), raw, highest(team, K, [&](auto tile) NTM_INLINE { return tile.load(raw); }), shift);
+NTM_PASS void activate_shift(const Team& team, Index M, Index K, T clip, const T* raw, T* shift /*[K]*/) {
+    using Math = typename Team::Math;
+    softmax(team, K, [&](auto tile) NTM_INLINE { return clamp<Math>(tile.load(raw + M + 2), clip); }, clip, shift);
 }
 
 template <class T>

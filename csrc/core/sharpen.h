@@ -23,9 +23,10 @@ NTM_PASS void sharpen(const Team& team, Index N, const T* shifted, T gamma, T* s
         return gamma * l;
     };
     team.tiles(N, log);
-    T total = exponentials(team, N, gamma, sharpened, T(0), sharpened);
+    auto z = [&](auto tile) NTM_INLINE { return gamma * tile.load(sharpened); };
+    T total = exponentials(team, N, z, T(0), sharpened);
     if (N == 1 || !(total > T(1e-12) && total < T(1e12)))
-        total = exponentials(team, N, gamma, sharpened, highest(team, N, log), sharpened);
+        total = exponentials(team, N, z, highest(team, N, log), sharpened);
     divide(team, N, total, sharpened);
 }
 

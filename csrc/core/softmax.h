@@ -17,12 +17,12 @@ NTM_FN T highest(const Team& team, Index N, F&& z) {
     return team.max(top);
 }
 
-// out_i = e^(scale x_i - bound), whose sum it returns; out may be x.
-template <class Team, class T = typename Team::Real>
-NTM_FN T exponentials(const Team& team, Index N, T scale, const T* x /*[N]*/, T bound, T* out /*[N]*/) {
+// out_i = e^(z_i - bound), whose sum it returns; z(tile) may read out.
+template <class Team, class F, class T = typename Team::Real>
+NTM_FN T exponentials(const Team& team, Index N, F&& z, T bound, T* out /*[N]*/) {
     typename Team::V total{};
     team.tiles(N, [&](auto tile) NTM_INLINE {
-        const auto e = Team::Math::exp(scale * tile.load(x) - bound);
+        const auto e = Team::Math::exp(z(tile) - bound);
         tile.store(out, e);
         total += tile.only(e, T(0));
     });
@@ -36,11 +36,13 @@ NTM_FN void divide(const Team& team, Index N, T total, T* x /*[N]*/) {
     team.tiles(N, [&](auto tile) NTM_INLINE { tile.store(x, inverse * tile.load(x)); });
 }
 
-// out_i = e^(scale x_i) / sum_j e^(scale x_j); out may be x. No scale x_i is above bound but by rounding, and the
-// highest so close to it that e^(scale x_i - bound) is a normal number.
-template <class Team, class T = typename Team::Real>
-NTM_FN void softmax(const Team& team, Index N, T scale, const T* x /*[N]*/, T bound, T* out /*[N]*/) {
-    divide(team, N, exponentials(team, N, scale, x, bound, out), out);
+// out_i = e^z_i / sum_j e^z_j, where no z_i is further from 0 than most. Up to 40, exponentials and their sums are far from
+// the ends of what float32 can say. The highest is looked for only beyond that, and where a single weight is to be 1
+// without rounding.
+template <class Team, class F, class T = typename Team::Real>
+NTM_FN void softmax(const Team& team, Index N, F&& z, T most, T* out /*[N]*/) {
+    const T bound = most <= 40 && N > 1 ? T(0) : highest(team, N, z);
+    divide(team, N, exponentials(team, N, z, bound, out), out);
 }
 
 // The product w . dw that the gradient dz_i = w_i (dw_i - w . dw) of a softmax w needs.

@@ -29,11 +29,11 @@ struct StepSizes {
     constexpr Size memory() const { return Size(M) * N; }
 
     // Of a step's activated parameters, one behind the other.
-    constexpr Index active() const { return (R + W) * (M + K + 3 * (K + 3)) + 2 * W * M; }
+    constexpr Index active() const { return (R + W) * (M + K + 2 * (K + 3)) + 2 * W * M; }
 
     // Scratch of one element: no less than an arena takes, by sums so plain that a GPU need not keep them in registers.
     constexpr Size forward_scratch() const {
-        return Size(active()) + 7 * 16 + Addressing<float>::scratch(N, K);
+        return Size(active()) + 6 * 16 + Addressing<float>::scratch(N, K);
     }
     constexpr Size backward_scratch() const {
         return forward_scratch() + address_backward_scratch(N, K) + (N + 16) + Size(W) * (N + 16);
@@ -55,18 +55,19 @@ struct Activated {
     NTM_FN Activated(const StepSizes& s, Take&& take)
         : key(take((s.R + s.W) * s.M)),
           shift(take((s.R + s.W) * s.K)),
-          scalars{take((s.R + s.W) * (s.K + 3)), take((s.R + s.W) * (s.K + 3)), take((s.R + s.W) * (s.K + 3))},
+          scalars{take((s.R + s.W) * (s.K + 3)), take((s.R + s.W) * (s.K + 3))},
           erase(take(s.W * s.M)),
           add(take(s.W * s.M)) {}
 
-    // The shifts are seen by all after the next sync(), which closing a ring has, all else at once.
     template <class Team>
     NTM_FN void activate(const Team& team, const StepSizes& s, const StepOptions& o, const T* params) const {
-        for (Index h = 0; h < s.R + s.W; ++h)
-            activate_head(team, s.M, s.K, T(o.clip), o.key_tanh, params + h * s.head(), key + h * s.M, of(s, h));
+        for (Index h = 0; h < s.R + s.W; ++h) {
+            const T* raw = params + h * s.head();
+            activate_head(team, s.M, s.K, T(o.clip), o.key_tanh, raw, key + h * s.M, of(s, h));
+            activate_shift(team, s.M, s.K, T(o.clip), raw, shift + h * s.K);
+        }
         write_vectors(team, s, o, params);
         team.sync();
-        for (Index h = 0; h < s.R + s.W; ++h) activate_shift(team, s.K, of(s, h), shift + h * s.K);
     }
 
     // e and a of every write head
@@ -85,7 +86,7 @@ struct Activated {
 private:
     NTM_FN Scalars<T> of(const StepSizes& s, Index h) const {
         const Index first = h * (s.K + 3);
-        return {scalars.clamped + first, scalars.positive + first, scalars.squashed + first};
+        return {scalars.positive + first, scalars.squashed + first};
     }
 };
 
