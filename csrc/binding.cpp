@@ -169,7 +169,7 @@ const std::map<std::string, Entry> operators = {
     {"ntm_sequence_weight_gradients", entry<&F::ntm_sequence_weight_gradients, &D::ntm_sequence_weight_gradients>},
 };
 
-// --- memory from the pool, as DLPack hands it over -----------------------------------------------------------------------
+// --- memory from the pool, as DLPack hands it over -------------------------------------------------------------------
 
 Pool& pool() {
     static Pool* const pool = new Pool(std::size_t(256) << 20);  // never destroyed: tensors may outlive everything else

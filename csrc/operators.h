@@ -131,10 +131,10 @@ struct Operators {
                                 const T* grad_new_hidden,  // [B, H]
                                 T* grad_input_gates, T* grad_hidden_gates, T* grad_hidden);
     // The whole sequence; see core/sequence.h. weights, as torch has them: for every layer weight_ih [gates, fed], of
-    // the first layer [gates, I + fed], weight_hh [gates, H], bias_ih and bias_hh [gates]; then the heads' weight [P, H]
-    // and bias [P], and the output layer's [O, H + R M] and [O]. keep: leave behind what the backward needs. On CUDA,
-    // whose kernels do not take the ends (core/sequence.h), x comes in as the inputs' product, the features are left in
-    // any case, for the outputs to be made of them, and inputs and outputs are not used.
+    // the first layer [gates, I + fed], weight_hh [gates, H], bias_ih and bias_hh [gates]; then the heads' weight
+    // [P, H] and bias [P], and the output layer's [O, H + R M] and [O]. keep: leave behind what the backward needs. On
+    // CUDA, whose kernels do not take the ends (core/sequence.h), x comes in as the inputs' product, the features are
+    // left in any case, for the outputs to be made of them, and inputs and outputs are not used.
     Error (*ntm_sequence)(Launch, SequenceSizes, StepOptions, int keep,
                           const T* const* weights,
                           const T* inputs,  // [T, B, I]
@@ -159,7 +159,7 @@ struct Operators {
                                            SequenceState<T> sum, T* const* grad_weights);
 };
 
-// Indices within one element are 32 bit: what an element touches must be counted with them, and eight of them for a tile.
+// Indices within one element are 32 bit: they must count what an element touches, and eight of them for a tile.
 constexpr Size most_numbers = std::numeric_limits<Index>::max() / 2;
 constexpr Error too_large = "ntm_fast: one element of the batch is too large for the native kernels";
 constexpr bool is_too_large(const SequenceSizes& s, bool backward) {
@@ -168,8 +168,8 @@ constexpr bool is_too_large(const SequenceSizes& s, bool backward) {
            Size(8) * (s.I + s.O + s.gates() + s.widest() + s.step.params() + s.step.active()) > most_numbers;
 }
 
-// Has a table's entry done by a body of core/element.h, whose members are the entry's parameters: Run::run(body, launch)
-// is how a backend does it.
+// Has a table's entry done by a body of core/element.h, whose members are the entry's parameters: a backend
+// does it with Run::run(body, launch).
 template <class Body, class Run, class... Parameters>
 void serve(Error (*&entry)(Launch, Parameters...)) {
     entry = [](Launch launch, Parameters... parameters) -> Error {

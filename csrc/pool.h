@@ -1,6 +1,6 @@
-// Memory for what a training step leaves to its backward, kept from one step to the next. A fresh block of some megabytes
-// costs a page fault every 4 KB, because the C library gives it back to the system as soon as it is free: a quarter of
-// a training step at a batch of 256.
+// Memory for what a training step leaves to its backward, kept from one step to the next. A fresh block of some
+// megabytes costs a page fault every 4 KB, because the C library gives it back to the system as soon as it is free: a
+// quarter of a training step at a batch of 256.
 #pragma once
 
 #include <cstddef>

@@ -39,9 +39,9 @@ struct Addressing {
 // Everything before sharpening. Returns the key's norm. grad_reads and grad_weights as in cosine(). Where norms are
 // given, at was made with them.
 template <class Team, class Given, class Reads = std::nullptr_t, class T = typename Team::Real>
-NTM_FN T focus(const Team& team, Index N, Index M, Index K, T eps, const T* memory /*[M, N]*/, const T* previous /*[N]*/,
-               const Head<T>& head, const Addressing<T>& at, Given norms /*Norms<T>* or nullptr*/,
-               Reads grad_reads = nullptr, T* grad_weights = nullptr) {
+NTM_FN T focus(const Team& team, Index N, Index M, Index K, T eps, const T* memory /*[M, N]*/,
+               const T* previous /*[N]*/, const Head<T>& head, const Addressing<T>& at,
+               Given norms /*Norms<T>* or nullptr*/, Reads grad_reads = nullptr, T* grad_weights = nullptr) {
     const T norm = key_norm(team, M, eps, head.key);
     auto cosines = [&](auto known) NTM_INLINE {
         cosine<known>(team, N, M, eps, norm, memory, head.key, at.cosine, at.inverse_norm, grad_reads, grad_weights);

@@ -158,8 +158,8 @@ struct SequenceTrail {
     T* hidden;         // [L-1, T, B, H]    of the layers below the last
     T* cell;           // [L, T, B, H]      LSTM
     T* params;         // [T, B, P]
-    T* features;       // [T, B, H + R M]   the last layer's hidden state, and the reads; always left where the team does
-                       //                   not take the ends
+    T* features;       // [T, B, H + R M]   the last layer's hidden state, and the reads; always left where the team
+                       //                   does not take the ends
     T* read_weights;   // [T, B, R, N]
     T* write_weights;  // [T, B, W, N]
     T* memory;         // [(T-1) / every, B, M, N]
@@ -175,8 +175,8 @@ NTM_FN auto left_active(const SequenceSizes& s, const SequenceTrail<T>& trail, S
         return at(s, trail.active, s.step.active(), 0, t, b);
 }
 
-// The products of a layer: an LSTM's one, of what it is fed and its hidden state together, or a GRU's two, second: of the
-// hidden state. In a loop, so that they are compiled once.
+// The products of a layer: an LSTM's one, of what it is fed and its hidden state together, or a GRU's two, second: of
+// the hidden state. In a loop, so that they are compiled once.
 template <class F>
 NTM_FN void for_gates(bool gru, F&& product) {
     NTM_ROLLED
@@ -192,8 +192,8 @@ NTM_FN auto laid_out(const Team& team, Size E, Make make) {
         return [frame = make(E)]() NTM_INLINE -> const auto& { return frame; };
 }
 
-// Where a tile's scratch is what on the way forward. What a layer works on lies in the trail, or aside, in scratch, where
-// that is too far off or nobody wants it after.
+// Where a tile's scratch is what on the way forward. What a layer works on lies in the trail, or aside, in scratch,
+// where that is too far off or nobody wants it after.
 template <class T>
 struct SequenceFrame {
     T *inner, *joined, *x, *y, *params, *features, *active, *norms;
@@ -281,7 +281,9 @@ NTM_FN void sequence(const Team& team, const SequenceSizes& s, const StepOptions
             auto fed_of = [&](const SequenceFrame<T>& f) NTM_INLINE {
                 return l ? f.state.hidden + (l - 1) * f.state.span * H : f.state.reads;
             };
-            auto hidden_of = [&](const SequenceFrame<T>& f) NTM_INLINE { return f.state.hidden + l * f.state.span * H; };
+            auto hidden_of = [&](const SequenceFrame<T>& f) NTM_INLINE {
+                return f.state.hidden + l * f.state.span * H;
+            };
             team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
                 const SequenceFrame<T>& f = frame();
                 T* x = x_of(f) + e * G;
@@ -397,8 +399,8 @@ struct SequenceGrads {
     T* params;   // [T, B, P]
 };
 
-// As SequenceFrame, on the way back. The gradients of the gates and of the raw head parameters are worked on aside where
-// the team is staged, and there it fetches what it reads more than once.
+// As SequenceFrame, on the way back. The gradients of the gates and of the raw head parameters are worked on aside
+// where the team is staged, and there it fetches what it reads more than once.
 template <class T>
 struct SequenceBackwardFrame {
     T *inner, *dr, *dh, *next, *joined, *features;
@@ -464,7 +466,7 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
     team.elements(E, [&](const auto& own, Index e, Index) NTM_INLINE {
         copy_state(own, s, grad_final.memory != nullptr, e, tile_of(s, grad_final, first), e, frame().grad);
     });
-    // Step t's segment, begin to end: before its first step the memory was kept that is number `kept`, 0 the initial one.
+    // Step t's segment, begin to end: before its first step memory number `kept` was kept, 0 being the initial one.
     Index kept = (s.T - 1) / s.every, begin = kept * s.every, end = s.T;
     auto memory_before = [&](Index step, Index e) NTM_INLINE -> const T* {
         const Size b = first + e;

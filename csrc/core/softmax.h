@@ -36,9 +36,9 @@ NTM_FN void divide(const Team& team, Index N, T total, T* x /*[N]*/) {
     team.tiles(N, [&](auto tile) NTM_INLINE { tile.store(x, inverse * tile.load(x)); });
 }
 
-// out_i = e^z_i / sum_j e^z_j, where no z_i is further from 0 than most. Up to 40, exponentials and their sums are far from
-// the ends of what float32 can say. The highest is looked for only beyond that, and where a single weight is to be 1
-// without rounding.
+// out_i = e^z_i / sum_j e^z_j, where no z_i is further from 0 than most. Up to 40, exponentials and their sums are far
+// from the ends of what float32 can say. The highest is looked for only beyond that, and where a single weight is to be
+// 1 without rounding.
 template <class Team, class F, class T = typename Team::Real>
 NTM_FN void softmax(const Team& team, Index N, F&& z, T most, T* out /*[N]*/) {
     const T bound = most <= 40 && N > 1 ? T(0) : highest(team, N, z);

@@ -171,7 +171,8 @@ struct PackedSequence {
         };
         for (Size l = 0; l < s.L; ++l, raw += 4) {
             const Size I = l ? 0 : s.I, skipped = backward ? I : 0;
-            const Columns<T> fed = {raw[0] + skipped, I + s.fed(l), I - skipped + s.fed(l)}, hidden = {raw[1], s.H, s.H};
+            const Columns<T> fed = {raw[0] + skipped, I + s.fed(l), I - skipped + s.fed(l)};
+            const Columns<T> hidden = {raw[1], s.H, s.H};
             if (s.gru) {
                 const SequenceWeight<T> own = take(G, fed);
                 layers.push_back({own, take(G, hidden), raw[2], raw[3]});

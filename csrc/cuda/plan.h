@@ -101,7 +101,8 @@ constexpr SequencePlan sequence_tile(const SequenceSizes& s, bool backward, Size
 
 // A tile that gives every multiprocessor a block, where there are elements enough, and then as many of them as fit: the
 // weights are read once for a tile. Memories are held where one fits, and where there is a kernel for it.
-constexpr SequencePlan sequence_plan(const SequenceSizes& s, bool backward, Size real, const Limits& limits, bool holding) {
+constexpr SequencePlan sequence_plan(const SequenceSizes& s, bool backward, Size real, const Limits& limits,
+                                     bool holding) {
     int wanted = 1;
     while (wanted < most_elements && (s.B + wanted - 1) / wanted > limits.multiprocessors) wanted *= 2;
     for (int holds = holding; holds >= 0; --holds)

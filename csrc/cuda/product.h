@@ -1,9 +1,9 @@
-// The controller's products, [E, K] x [K, C] with the few elements of a tile: by all warps of a block, the elements' rows
-// in shared memory, the weight streamed from L2 and used for all elements at once.
+// The controller's products, [E, K] x [K, C] with the few elements of a tile: by all warps of a block, the elements'
+// rows in shared memory, the weight streamed from L2 and used for all elements at once.
 //
-// A warp takes 8 columns at a time; each of its lanes one of them, and a quarter of the k's by fours. Packed in the order
-// in which the warp wants it, a weight is read 512 contiguous bytes at a time, and the four numbers of an element's row
-// that a lane needs are one load that it shares with seven others.
+// A warp takes 8 columns at a time; each of its lanes one of them, and a quarter of the k's by fours. Packed in the
+// order in which the warp wants it, a weight is read 512 contiguous bytes at a time, and the four numbers of an
+// element's row that a lane needs are one load that it shares with seven others.
 //
 // The order in which an output's terms are added depends on nothing but K, so that an element's answers do not depend
 // on the others in its tile.

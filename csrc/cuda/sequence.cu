@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(sequence_threads(sizeof(T)), 1)
     const Size first = static_cast<Size>(blockIdx.x) * elements, E = smaller(elements, body.s.B - first);
     const int index = threadIdx.x / group;
     T* const exchange = reinterpret_cast<T*>(ntm_shared) + index * exchange_room(group);
-    const SequenceBlock<T, HoldsMemory> team{Group<T>(exchange, group, index), static_cast<Index>(elements * exchange_room(group))};
+    const SequenceBlock<T, HoldsMemory> team{Group<T>(exchange, group, index),
+                                             static_cast<Index>(elements * exchange_room(group))};
     body(team, first, E, weights, segments);
 }
 
@@ -116,8 +117,8 @@ __global__ void __launch_bounds__(256) pack_layer(PackedLayer<T> layer) {
     if (thread == 0 && layer.place) *layer.place = layer.weights;
 }
 
-// All weights, packed for one direction, in the caller's workspace. Where there is none, and perhaps no weights either, it
-// counts the numbers.
+// All weights, packed for one direction, in the caller's workspace. Where there is none, and perhaps no weights either,
+// it counts the numbers.
 template <class T>
 class PackedSequence {
 public:
@@ -221,7 +222,8 @@ void serve_sequence(Operators<T>& table) {
                                      SequenceTrail<const T> trail, const T* grad_features,
                                      SequenceState<const T> grad_final, SequenceState<T> grad, SequenceGrads<T> out) {
         return through_time(
-            launch, SequenceBackward<T>{s, o, initial, final_memory, trail, grad_features, grad_final, grad, out}, weights);
+            launch, SequenceBackward<T>{s, o, initial, final_memory, trail, grad_features, grad_final, grad, out},
+            weights);
     };
 }
 

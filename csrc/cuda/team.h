@@ -1,8 +1,8 @@
 // The GPU's Teams: a warp, several of which share a block, a group of warps, or a whole block.
 //
 // A lane's elements of a tile lie a team's width apart: neighbouring lanes touch neighbouring numbers whatever the
-// alignment, the shift and the bank, which four contiguous numbers a lane would not. What is copied in one piece, to and
-// from shared memory, goes by vectors of 16 bytes.
+// alignment, the shift and the bank, which four contiguous numbers a lane would not. What is copied in one piece, to
+// and from shared memory, goes by vectors of 16 bytes.
 //
 // Nothing here but plain CUDA C++, so that a host's compiler can take it too and tests run it without a GPU.
 #pragma once
@@ -194,9 +194,9 @@ NTM_FN T over_warp(T x, F f) {
     return x;
 }
 
-// Sums, of Count rows S each, over the lanes that differ in bits Bit down to Last. Every exchange halves what a lane still
-// holds (6 shuffles for 4 rows over a warp, where one row after the other takes 20); then(row, sums) is called by one
-// of these lanes for every row.
+// Sums, of Count rows S each, over the lanes that differ in bits Bit down to Last. Every exchange halves what a lane
+// still holds (6 shuffles for 4 rows over a warp, where one row after the other takes 20); then(row, sums) is called by
+// one of these lanes for every row.
 template <int Bit, int Last, int Count, int S, class T, class F>
 NTM_FN void sum_rows(const T (&x)[Count][S], int row, F&& then) {
     const bool upper = threadIdx.x & Bit;

@@ -3,8 +3,8 @@
 // allocation of its own, outputs and workspace full of NaN, so that AddressSanitizer sees who leaves it.
 //
 // A record is a line of the operator, the device's shared memory, whether in double, the count of sizes and options and
-// each of them, the count of arrays, and of each whether it comes "in", goes "out" or is "both" and its bytes; then these
-// bytes, end to end: of each array what it held before, unless it only goes out, and what it held after.
+// each of them, the count of arrays, and of each whether it comes "in", goes "out" or is "both" and its bytes; then
+// these bytes, end to end: of each array what it held before, unless it only goes out, and what it held after.
 #include <cuda_runtime.h>
 #include <sanitizer/asan_interface.h>
 

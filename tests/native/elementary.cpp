@@ -65,7 +65,8 @@ static void expect(bool condition, const char* what) {
 
 int main() {
     // Two ulp: what a sum of rounded terms may lose; torch's own vectorised functions promise one.
-    check("exp", [](V x) { return M::exp(x); }, [](double x) { return std::exp(x); }, 2, [](float x) { return x == x; });
+    check("exp", [](V x) { return M::exp(x); }, [](double x) { return std::exp(x); }, 2,
+          [](float x) { return x == x; });
     check("log", [](V x) { return M::log(x); }, [](double x) { return std::log(x); }, 2,
           [](float x) { return x >= M::tiny; });
     check("log1p", [](V x) { return M::log1p(x); }, [](double x) { return std::log1p(x); }, 2,
@@ -96,7 +97,10 @@ int main() {
     for (Size n = 1; n <= 3 * W + 1; ++n) {
         std::vector<float> in(n), out(n + 2 * W, -1.0f);
         float total = 0, highest = -M::infinity;
-        for (Size i = 0; i < n; ++i) in[i] = float((i * 7) % 13) - 20, total += in[i], highest = std::max(highest, in[i]);
+        for (Size i = 0; i < n; ++i) {
+            in[i] = float((i * 7) % 13) - 20;
+            total += in[i], highest = std::max(highest, in[i]);
+        }
         V sum{}, top = V{} - M::infinity;
         team.tiles(n, [&](auto tile) {
             const V v = tile.load(in.data());

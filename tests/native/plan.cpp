@@ -1,5 +1,5 @@
-// The launch plans for every size against the limits of several devices: whatever comes out must be launchable, must hold
-// the scratch that its kernel uses, and must be the best way that fits.
+// The launch plans for every size against the limits of several devices: whatever comes out must be launchable, must
+// hold the scratch that its kernel uses, and must be the best way that fits.
 #include <cstdio>
 #include <cstdlib>
 
@@ -99,8 +99,8 @@ void check(const SequenceSizes& s, bool backward, Size real, const Limits& limit
     const Size B = s.B;
     auto expect = [&](bool condition, const char* what) {
         if (!condition && ++failures <= 20)
-            std::printf("%s\n  B %lld N %lld M %lld H %lld L %lld backward %d real %lld: elements %d group %d threads %d "
-                        "holds %d blocks %lld shared %lld of %lld\n",
+            std::printf("%s\n  B %lld N %lld M %lld H %lld L %lld backward %d real %lld: elements %d group %d "
+                        "threads %d holds %d blocks %lld shared %lld of %lld\n",
                         what, (long long)B, (long long)s.step.N, (long long)s.step.M, (long long)s.H, (long long)s.L,
                         backward, (long long)real, p.elements, p.group, p.threads, p.holds_memory, (long long)p.blocks,
                         (long long)p.shared, (long long)limits.shared_per_block);
