@@ -63,8 +63,8 @@ NTM_PASS void content_weights(const Team& team, Index N, T beta, const T* cosine
 // its weights w, that is w_i dr too.
 template <class Team, class After, class Reads = std::nullptr_t, class T = typename Team::Real>
 NTM_PASS void content_backward(const Team& team, Index N, Index M, T key_norm, const T* memory /*[M, N]*/,
-                               const T* key /*[M]*/, T beta, const T* content /*[N]*/, T* cosine /*[N]*/,
-                               const T* inverse_norm /*[N]*/, T* grad_content /*[N]*/,
+                               const T* NTM_RESTRICT key /*[M]*/, T beta, const T* content /*[N]*/,
+                               T* cosine /*[N]*/, const T* inverse_norm /*[N]*/, T* grad_content /*[N]*/,
                                After grad_after /*[M, N] or nullptr*/, T* grad_memory /*[M, N]*/, T* grad_key /*[M]*/,
                                T* grad_beta /*[1]*/, Reads grad_reads = nullptr /*[M] or nullptr*/,
                                const T* weights = nullptr /*[N]*/) {

@@ -38,16 +38,20 @@
 
 // NTM_FN on every function here, and NTM_INLINE on every lambda that runs in a loop over tiles: one that is left as a
 // call would keep its caller's sums in memory. But NTM_PASS on what passes over an element's arrays: for a CPU these
-// stay functions, because all of them in one leave no registers for the addresses of its inner loops.
+// stay functions, because all of them in one leave no registers for the addresses of its inner loops. NTM_RESTRICT on
+// the few numbers that such a pass uses for every tile: for all that a compiler knows its stores might change them, and
+// they would be loaded again each time. On a GPU, where registers are short, they may be.
 #ifdef __CUDACC__
 #define NTM_FN __device__ __forceinline__
 #define NTM_PASS __device__ __forceinline__
 #define NTM_INLINE
+#define NTM_RESTRICT
 #define NTM_ROLLED _Pragma("unroll 1")
 #else
 #define NTM_FN inline __attribute__((always_inline))
 #define NTM_PASS __attribute__((noinline))
 #define NTM_INLINE __attribute__((always_inline))
+#define NTM_RESTRICT __restrict__
 #define NTM_ROLLED _Pragma("GCC unroll 1")
 #endif
 

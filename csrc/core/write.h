@@ -9,8 +9,8 @@ namespace ntm {
 
 template <bool Alone, class Team, class T = typename Team::Real>
 NTM_PASS void write_heads(const Team& team, Index H, Index N, Index M, const T* memory /*[M, N]*/,
-                          const T* weights /*[H, N]*/, const T* erase /*[H, M]*/, const T* add /*[H, M]*/,
-                          T* written /*[M, N]*/) {
+                          const T* weights /*[H, N]*/, const T* NTM_RESTRICT erase /*[H, M]*/,
+                          const T* NTM_RESTRICT add /*[H, M]*/, T* written /*[M, N]*/) {
     using V = typename Team::V;
     chunks<4>(M, [&](auto block) NTM_INLINE {
         team.tiles(N, [&](auto tile) NTM_INLINE {
@@ -44,8 +44,9 @@ NTM_FN void write(const Team& team, Index H, Index N, Index M, const T* memory, 
 // where others = prod_{h' != h} (1 - w_h' e_h'). The last head takes dM through all the erases into grad_memory.
 template <bool Alone, class Team, class T = typename Team::Real>
 NTM_PASS void write_head_backward(const Team& team, Index h, Index H, Index N, Index M, const T* memory,
-                                  const T* weights, const T* erase, const T* add, const T* grad_written, T* grad_memory,
-                                  T* grad_weights /*[N], added*/, T* grad_erase /*[M]*/, T* grad_add /*[M]*/) {
+                                  const T* weights, const T* NTM_RESTRICT erase, const T* NTM_RESTRICT add,
+                                  const T* grad_written, T* grad_memory, T* grad_weights /*[N], added*/,
+                                  T* grad_erase /*[M]*/, T* grad_add /*[M]*/) {
     using V = typename Team::V;
     const bool last = Alone || h + 1 == H;
     team.template rows<2>(
