@@ -168,8 +168,8 @@ constexpr bool is_too_large(const SequenceSizes& s, bool backward) {
            Size(8) * (s.I + s.O + s.gates() + s.widest() + s.step.params() + s.step.active()) > most_numbers;
 }
 
-// Has a table's entry done by a body of core/element.h, whose members are the entry's parameters: a backend
-// does it with Run::run(body, launch).
+// Has a table's entry done by a body of core/element.h, whose members are the entry's parameters: a backend does it
+// with Run::run(body, launch).
 template <class Body, class Run, class... Parameters>
 void serve(Error (*&entry)(Launch, Parameters...)) {
     entry = [](Launch launch, Parameters... parameters) -> Error {

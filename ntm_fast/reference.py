@@ -360,9 +360,9 @@ def ntm_sequence(
         TypeError, ValueError: from :mod:`ops`, naming the argument whose type, shape, dtype or device is wrong.
     """
     check_lengths(lengths)
-    if all(x.dim() == 2 for x in (memory, read_weights, write_weights, reads, *state)):
-        shared = memory, read_weights, write_weights, reads, state
-        memory, read_weights, write_weights, reads, state = for_batch(inputs.shape[1], *shared)
+    initial = memory, read_weights, write_weights, reads
+    if all(x.dim() == 2 for x in (*initial, *state)):
+        memory, read_weights, write_weights, reads, state = for_batch(inputs.shape[1], *initial, state)
     features, *final = unroll(
         sys.modules[__name__],
         inputs,

@@ -981,7 +981,7 @@ def predicted(T: int, B: int, controller: str = "lstm", checkpoint: str | int = 
     # What forward keeps for each step and sequence: the gates' products, hidden states of the lower layers, cells, the
     # heads' parameters, weightings; a memory at every K-th. A GRU has two products and no cell.
     kept = L * gates * (2 if gru else 1) + (L - 1) * H + (0 if gru else L * H) + params + (R + W) * N
-    # The heads' parameters once more, activated, of which a number may become three, and what outputs are made of.
+    # The heads' parameters once more, activated, of which a number may become two, and what outputs are made of.
     kept += (R + W) * (M + 6 * S + 9) + 2 * W * M + H + R * M
     # What backward makes beside: the gradients of the heads' parameters. Those of the gates take the gates' place.
     numbers = T * B * (kept + params + I + 4 * O) + (T - 1) // every * B * M * N

@@ -121,8 +121,8 @@ NTM_FN void activate_vector_backward(const Team& team, Index M, T clip, bool tan
     });
 }
 
-// What becomes of the K + 3 raw parameters that follow a head's key, beta, g, s (K), gamma: each is activated in every
-// way and what is wanted is picked, one vector's work, where numbers one by one are six.
+// What becomes of the K + 3 raw parameters that follow a head's key, beta, g, s (K), gamma: each is activated both ways
+// and beta, g and gamma are picked, one vector's work, where numbers one by one are three.
 template <class T>
 struct Scalars {
     T *positive, *squashed;  // [K + 3]

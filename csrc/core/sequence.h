@@ -476,7 +476,7 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
         return segment + (e * s.every + step - begin) * MN;
     };
     Index t = s.T - 1;
-    // Of what every step left behind, n numbers for every element: those of so many steps back are fetched ahead.
+    // Of what every step finds, n numbers for every element: those of so many steps back are fetched ahead.
     auto left = [&](const auto& own, Size n, const T* place, Index back) NTM_INLINE {
         if (t >= back) own.ahead(n, place - back * B * n);
     };

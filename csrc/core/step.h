@@ -115,8 +115,8 @@ NTM_FN void in_order(bool reads_first, Reads&& reads, Writes&& writes) {
 }
 
 // new_memory may be memory, and the new weights the old ones. left: where the activated parameters are left behind, of
-// size active(); else they take scratch. norms: memory's, which become new_memory's where a
-// head that reads it makes them known; nullptr where none are kept.
+// size active(); else they take scratch. norms: memory's, which become new_memory's where a head that reads it makes
+// them known; nullptr where none are kept.
 template <class Team, class Left = std::nullptr_t, class Given = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions& o,
                         const T* memory,                                   // [M, N]
