@@ -192,21 +192,26 @@ inline void product_unpacked(Size C, const T* in, const Weights& weights, T* out
 // gates fill them more often than what is fed does, and neither has to be packed.
 template <class T, class Fed>
 inline void add_weight_gradient(Size N, Size outputs, const T* x, Size stride, const Fed& fed, T* sums) {
-    // The next vectors of x, whose rows are too far apart for the processor to foresee them. A block of one row, such
-    // as a bias has, waits for its sums anyway.
-    auto fetch = [](const T* row) NTM_INLINE {
-        unroll<2>([&](auto v) NTM_INLINE { __builtin_prefetch(row + (2 + v) * lanes<T>); });
-    };
+    Size all_columns = 0;
+    for (const Columns<T>& columns : fed) all_columns += columns.count;
     auto grow = [&](auto vectors, Index first, auto x_of) NTM_INLINE {
         T* out = sums;
+        // What comes next is fetched a share at each block: rows are too far apart for the processor to foresee them,
+        // and all at once would wait for each other. Next are the vectors of x beside these and, in N more rows, what
+        // is fed.
+        const Size after = std::min<Size>(first + vectors * lanes<T>, outputs);
+        const T* next = after < outputs ? x + after : x + N * stride;
+        const Size fed_from = N + N * first / outputs, fed_to = N + N * after / outputs;
+        Size done = 0, fetched = 0;
         for (const Columns<T>& columns : fed) {
             row_blocks(columns.count, [&](auto rows, Size c) NTM_INLINE {
+                done += rows;
+                for (; fetched < N * done / all_columns; ++fetched)
+                    unroll<2>([&](auto v) NTM_INLINE { __builtin_prefetch(next + fetched * stride + v * lanes<T>); });
                 const T* own = columns.first + c;
                 const Size step = columns.stride;
-                auto at = [=](Size r, Size n) NTM_INLINE {
-                    if constexpr (rows == 1) fetch(x + first + n * stride);
-                    return own[n * step + r];
-                };
+                for (Size n = fed_from; n < fed_to; ++n) __builtin_prefetch(own + n * step);
+                auto at = [=](Size r, Size n) NTM_INLINE { return own[n * step + r]; };
                 product_block<rows, vectors>(N, outputs, first, at, x_of, out + c * outputs);
             });
             out += columns.count * outputs;
