@@ -10,6 +10,8 @@
 #include <cstring>
 #include <limits>
 
+#include <unistd.h>
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -246,6 +248,16 @@ private:
     unsigned mask() const { return (1u << count) - 1; }
 };
 
+// Whether what a tile of elements has fetched ahead for its next step, some 48 KB, leaves room in the first-level cache
+// for what is worked on meanwhile.
+inline const bool large_first_cache = [] {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    return sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
+#else
+    return false;
+#endif
+}();
+
 template <class T>
 struct Thread {
     using Real = T;
@@ -300,7 +312,11 @@ struct Thread {
     }
     NTM_FN void sync() const {}
     NTM_FN void ahead(Size n, const T* p) const {
-        for (Size i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
+        constexpr Size line = 64 / sizeof(T);
+        if (large_first_cache)
+            for (Size i = 0; i < n; i += line) __builtin_prefetch(p + i);
+        else
+            for (Size i = 0; i < n; i += line) __builtin_prefetch(p + i, 0, 2);  // to the second-level cache alone
     }
 
     static constexpr bool alone = true, staged = false;  // the cache does it
