@@ -116,7 +116,7 @@ int main() {
     }
     for (Size rows = 1; rows <= 9; ++rows) {
         const Size n = W + 3;
-        std::vector<float> x(rows * n), ones(rows), twos(rows);
+        std::vector<float> x(rows * n), alone(rows), ones(rows), twos(rows);
         for (Size i = 0; i < rows * n; ++i) x[i] = float(i % 5);
         team.rows<2>(
             rows, n,
@@ -127,11 +127,24 @@ int main() {
                 });
             },
             [&](Size row, const float* sum) { ones[row] = sum[0], twos[row] = sum[1]; });
+        team.rows<1>(
+            rows, n,
+            [&](auto block, auto tile, auto& sums) {
+                unroll<block.count>([&](auto k) { sums[k][0] += tile.load(x.data() + (block.first + k) * n); });
+            },
+            [&](Size row, const float* sum) { alone[row] = sum[0]; });
         for (Size row = 0; row < rows; ++row) {
             float want = 0;
             for (Size i = 0; i < n; ++i) want += x[row * n + i];
-            expect(ones[row] == want && twos[row] == 2 * want, "sums of rows");
+            expect(alone[row] == want && ones[row] == want && twos[row] == 2 * want, "sums of rows");
         }
     }
+
+    V four[4];
+    for (int i = 0; i < 4 * W; ++i) four[i / W][i % W] = 1 / float(i + 3);
+    float sums[4];
+    sum_four<float, W>(four, sums);
+    for (int k = 0; k < 4; ++k)
+        expect(sums[k] == fold<float, W>(four[k], [](auto a, auto b) { return a + b; }), "four sums, to the bit");
     return failures;
 }
