@@ -55,7 +55,9 @@ NTM_PASS void cosine(const Team& team, Index N, Index M, T eps, T key_norm, cons
 // wc = softmax(beta c), where no cosine is beyond 1
 template <class Team, class T = typename Team::Real>
 NTM_PASS void content_weights(const Team& team, Index N, T beta, const T* cosine, T* content) {
-    softmax(team, N, [&](auto tile) NTM_INLINE { return beta * tile.load(cosine); }, beta < 0 ? -beta : beta, content);
+    const T scale = T(log2_e) * beta;
+    softmax(team, N, [&](auto tile) NTM_INLINE { return scale * tile.load(cosine); }, scale < 0 ? -scale : scale,
+            content);
 }
 
 // From dwc to dk, dbeta and dM. dwc is overwritten with dc/(A B), cosine with dc c / B^2. grad_memory becomes

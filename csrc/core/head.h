@@ -144,7 +144,9 @@ NTM_PASS void activate_head(const Team& team, Index M, Index K, T clip, bool key
 template <class Team, class T = typename Team::Real>
 NTM_PASS void activate_shift(const Team& team, Index M, Index K, T clip, const T* raw, T* shift /*[K]*/) {
     using Math = typename Team::Math;
-    softmax(team, K, [&](auto tile) NTM_INLINE { return clamp<Math>(tile.load(raw + M + 2), clip); }, clip, shift);
+    const T scale = T(log2_e);
+    softmax(team, K, [&](auto tile) NTM_INLINE { return scale * clamp<Math>(tile.load(raw + M + 2), clip); },
+            scale * clip, shift);
 }
 
 template <class T>

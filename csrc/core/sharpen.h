@@ -18,7 +18,7 @@ template <class Team, class T = typename Team::Real>
 NTM_PASS void sharpen(const Team& team, Index N, const T* shifted, T gamma, T* sharpened) {
     using Math = typename Team::Math;
     auto log = [&](auto tile) NTM_INLINE {
-        const auto l = Math::log(raised<Math>(tile.load(shifted)));
+        const auto l = Math::log2(raised<Math>(tile.load(shifted)));
         tile.store(sharpened, l);
         return gamma * l;
     };
@@ -42,10 +42,10 @@ NTM_PASS void sharpen_backward(const Team& team, Index N, const T* shifted, T ga
         const V ws = tile.load(shifted);
         const V q = tile.load(sharpened) * (tile.load(grad_sharpened) - mean);
         const V r = raised<Math>(ws);
-        along_gamma += tile.only(q * Math::log(r), T(0));
+        along_gamma += tile.only(q * Math::log2(r), T(0));
         tile.store(grad_shifted, Math::select(ws < Math::tiny, V{}, gamma * (q / r)));
     });
-    const T total = team.sum(along_gamma);
+    const T total = T(log_2) * team.sum(along_gamma);
     team.one([&]() NTM_INLINE { *grad_gamma = total; });
 }
 

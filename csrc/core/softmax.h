@@ -1,9 +1,12 @@
-// softmax over the locations, the last stage of content addressing and of sharpening.
+// softmax over the locations, the last stage of content addressing and of sharpening. In powers of 2, which take fewer
+// operations than those of e: who wants these multiplies by log2(e) where it costs least.
 #pragma once
 
 #include "core/scalar.h"
 
 namespace ntm {
+
+constexpr double log2_e = 1.4426950408889634, log_2 = 0.6931471805599453;
 
 // The largest of all z(tile)
 template <class Team, class F, class T = typename Team::Real>
@@ -17,12 +20,12 @@ NTM_FN T highest(const Team& team, Index N, F&& z) {
     return team.max(top);
 }
 
-// out_i = e^(z_i - bound), whose sum it returns; z(tile) may read out.
+// out_i = 2^(z_i - bound), whose sum it returns; z(tile) may read out.
 template <class Team, class F, class T = typename Team::Real>
 NTM_FN T exponentials(const Team& team, Index N, F&& z, T bound, T* out /*[N]*/) {
     typename Team::V total{};
     team.tiles(N, [&](auto tile) NTM_INLINE {
-        const auto e = Team::Math::exp(z(tile) - bound);
+        const auto e = Team::Math::exp2(z(tile) - bound);
         tile.store(out, e);
         total += tile.only(e, T(0));
     });
@@ -36,12 +39,12 @@ NTM_FN void divide(const Team& team, Index N, T total, T* x /*[N]*/) {
     team.tiles(N, [&](auto tile) NTM_INLINE { tile.store(x, inverse * tile.load(x)); });
 }
 
-// out_i = e^z_i / sum_j e^z_j, where no z_i is further from 0 than most. Up to 40, exponentials and their sums are far
+// out_i = 2^z_i / sum_j 2^z_j, where no z_i is further from 0 than most. Up to 60, exponentials and their sums are far
 // from the ends of what float32 can say. The highest is looked for only beyond that, and where a single weight is to be
 // 1 without rounding.
 template <class Team, class F, class T = typename Team::Real>
 NTM_FN void softmax(const Team& team, Index N, F&& z, T most, T* out /*[N]*/) {
-    const T bound = most <= 40 && N > 1 ? T(0) : highest(team, N, z);
+    const T bound = most <= 60 && N > 1 ? T(0) : highest(team, N, z);
     divide(team, N, exponentials(team, N, z, bound, out), out);
 }
 

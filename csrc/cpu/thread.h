@@ -110,6 +110,48 @@ struct Math<float> {
         return scale(p + 1.0f, n);
     }
 
+    // 2^n 2^r, where n is whole and r from 0 to 1
+    NTM_FN static V exp2(V x) {
+#if defined(__AVX512DQ__)
+        const V r = (V)_mm512_maskz_reduce_ps(0xffff, (__m512)x, 0x09);  // x - n; where x is infinite 0
+#else
+        constexpr float rounder = 0x1.8p23f;
+        x = max(V{} - 150.0f, x);  // rounds to 0
+        x = min(V{} + 129.0f, x);  // overflows to infinity
+        const V n = ((x - 0.5f) + rounder) - rounder, r = x - n;
+#endif
+        const V square = r * r;
+        const V high = (0.00021612919f * r + 0.0012467845f) * square + (0.0096754516f * r + 0.05548528f);
+        const V p = (high * square + (0.24022931f * r + 0.69314706f)) * r + 1.0f;  // 2^r
+#if defined(__AVX512DQ__)
+        return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)x);
+#else
+        return scale(p, n);
+#endif
+    }
+
+    // for normal, positive x: 2^n (1 + f), 1 + f from 0.75 to 1.5
+    NTM_FN static V log2(V x) {
+#if defined(__AVX512F__)
+        const V whole = (V)_mm512_maskz_getexp_ps(0xffff, (__m512)x);
+        const V m = (V)_mm512_maskz_getmant_ps(0xffff, (__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+        const V n = select(m < 1.0f, whole + 1.0f, whole), f = m - 1.0f;
+#else
+        const I exponent = ((I)x - 0x3f400000) >> 23;  // of 0.75
+        const V n = __builtin_convertvector(exponent, V), f = (V)((I)x - (exponent << 23)) - 1.0f;
+#endif
+        const V square = f * f, fourth = square * square;
+        const V p7 = 0.07806572f * f - 0.17422922f, p5 = 0.21632472f * f - 0.24272363f;
+        const V p3 = 0.28819153f * f - 0.36057591f, p1 = 0.48090208f * f - 0.72134846f;
+        const V p = (p7 * square + p5) * fourth + (p3 * square + p1);
+        const V y = f * (f * p + 1.44269502f) + n;
+#if defined(__AVX512F__)
+        return y;
+#else
+        return select(x < infinity, y, x);  // infinity and NaN stay
+#endif
+    }
+
     // for normal, positive x
     NTM_FN static V log(V x) {
         const I offset = (I)x - 0x3f3504f3;  // of sqrt(1/2): leaves a mantissa in [sqrt(1/2), sqrt(2))
@@ -157,13 +199,24 @@ struct Math<double> {
     NTM_FN static V select(I mask, V a, V b) { return mask ? a : b; }
     NTM_FN static V max(V a, V b) { return a > b ? a : b; }
     NTM_FN static V min(V a, V b) { return a < b ? a : b; }
+#if defined(__AVX512F__)
+    NTM_FN static V multiply_add(V a, V b, V c) { return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#elif defined(__FMA__)
+    NTM_FN static V multiply_add(V a, V b, V c) { return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#else
+    NTM_FN static V multiply_add(V a, V b, V c) { return a * b + c; }
+#endif
 
     static double exp(double x) { return std::exp(x); }
+    static double exp2(double x) { return std::exp2(x); }
+    static double log2(double x) { return std::log2(x); }
     static double log(double x) { return std::log(x); }
     static double log1p(double x) { return std::log1p(x); }
     static double tanh(double x) { return std::tanh(x); }
     static double sqrt(double x) { return std::sqrt(x); }
     NTM_FN static V exp(V x) { return map<double>(x, [](double y) { return std::exp(y); }); }
+    NTM_FN static V exp2(V x) { return map<double>(x, [](double y) { return std::exp2(y); }); }
+    NTM_FN static V log2(V x) { return map<double>(x, [](double y) { return std::log2(y); }); }
     NTM_FN static V log(V x) { return map<double>(x, [](double y) { return std::log(y); }); }
     NTM_FN static V log1p(V x) { return map<double>(x, [](double y) { return std::log1p(y); }); }
     NTM_FN static V tanh(V x) { return map<double>(x, [](double y) { return std::tanh(y); }); }

@@ -105,12 +105,14 @@ struct Math {
 
     NTM_FN static T select(bool mask, T a, T b) { return mask ? a : b; }
     NTM_FN static float exp(float x) { return ::expf(x); }
-    NTM_FN static float log(float x) { return ::logf(x); }
+    NTM_FN static float exp2(float x) { return ::exp2f(x); }
+    NTM_FN static float log2(float x) { return ::log2f(x); }
     NTM_FN static float log1p(float x) { return ::log1pf(x); }
     NTM_FN static float tanh(float x) { return ::tanhf(x); }
     NTM_FN static float sqrt(float x) { return ::sqrtf(x); }
     NTM_FN static double exp(double x) { return ::exp(x); }
-    NTM_FN static double log(double x) { return ::log(x); }
+    NTM_FN static double exp2(double x) { return ::exp2(x); }
+    NTM_FN static double log2(double x) { return ::log2(x); }
     NTM_FN static double log1p(double x) { return ::log1p(x); }
     NTM_FN static double tanh(double x) { return ::tanh(x); }
     NTM_FN static double sqrt(double x) { return ::sqrt(x); }
@@ -129,12 +131,20 @@ struct Math {
         return a.map(a, b, [](T x, T y) NTM_INLINE { return x < y ? x : y; });
     }
     template <int W>
+    NTM_FN static Vector<T, W> multiply_add(Vector<T, W> a, Vector<T, W> b, Vector<T, W> c) {
+        return a * b + c;
+    }
+    template <int W>
     NTM_FN static Vector<T, W> exp(Vector<T, W> v) {
         return v.map(v, [](T x) NTM_INLINE { return exp(x); });
     }
     template <int W>
-    NTM_FN static Vector<T, W> log(Vector<T, W> v) {
-        return v.map(v, [](T x) NTM_INLINE { return log(x); });
+    NTM_FN static Vector<T, W> exp2(Vector<T, W> v) {
+        return v.map(v, [](T x) NTM_INLINE { return exp2(x); });
+    }
+    template <int W>
+    NTM_FN static Vector<T, W> log2(Vector<T, W> v) {
+        return v.map(v, [](T x) NTM_INLINE { return log2(x); });
     }
     template <int W>
     NTM_FN static Vector<T, W> log1p(Vector<T, W> v) {

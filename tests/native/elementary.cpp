@@ -69,6 +69,11 @@ int main() {
           [](float x) { return x == x; });
     check("log", [](V x) { return M::log(x); }, [](double x) { return std::log(x); }, 2,
           [](float x) { return x >= M::tiny; });
+    check("exp2", [](V x) { return M::exp2(x); }, [](double x) { return std::exp2(x); }, 2,
+          [](float x) { return x == x; });
+    // Below 3/4 the whole part, -1, takes most of the other away: its error counts for more.
+    check("log2", [](V x) { return M::log2(x); }, [](double x) { return std::log2(x); }, 3,
+          [](float x) { return x >= M::tiny; });
     check("log1p", [](V x) { return M::log1p(x); }, [](double x) { return std::log1p(x); }, 2,
           [](float x) { return x >= 0 && x <= 1; });
     // The roundings of e^2x - 1, of a sum and of a quotient
@@ -86,11 +91,16 @@ int main() {
     const float nan = std::nanf("");
     const V poison = V{} + nan;
     const V answers[] = {M::exp(poison),         M::log(poison),      M::log1p(poison),        M::tanh(poison),
-                         M::sqrt(poison),        sigmoid<M>(poison),  softplus<M>(poison),     clamp<M>(poison, 20.0f)};
+                         M::exp2(poison),        M::log2(poison),     M::sqrt(poison),         sigmoid<M>(poison),
+                         softplus<M>(poison),    clamp<M>(poison, 20.0f)};
     for (const V& answer : answers)
         for (int i = 0; i < W; ++i) expect(answer[i] != answer[i], "NaN in, NaN out");
-    expect(M::exp(1000.0f) == M::infinity && M::exp(-1000.0f) == 0, "exp of what is far out");
+    for (const float far : {1000.0f, M::infinity}) {
+        expect(M::exp(far) == M::infinity && M::exp(-far) == 0, "exp of what is far out");
+        expect(M::exp2(V{} + far)[0] == M::infinity && M::exp2(V{} - far)[0] == 0, "exp2 of what is far out");
+    }
     expect(M::log(M::infinity) == M::infinity, "log of infinity");
+    expect(M::log2(V{} + M::infinity)[0] == M::infinity, "log2 of infinity");
 
     // Tiles read and write exactly the n elements they are given.
     Thread<float> team;
