@@ -24,19 +24,29 @@ struct Norms {
     bool known;  // whether they are this memory's
 };
 
-// Stores the cosines and, unless they are Known, 1/B_i. For a head that also reads, grad_reads is dr, and grad_weights
-// grows by M_i.dr: all need the whole memory, which comes from cache once.
-template <bool Known = false, class Team, class Reads = std::nullptr_t, class T = typename Team::Real>
-NTM_PASS void cosine(const Team& team, Index N, Index M, T eps, T key_norm, const T* memory /*[M, N]*/,
-                     const T* key /*[M]*/, T* cosine /*[N]*/, T* inverse_norm /*[N]*/,
-                     Reads grad_reads = nullptr /*[M] or nullptr*/, T* grad_weights = nullptr /*[N], added*/) {
+// Calls cosines(known), whether a memory's norms are, which become so; not known where none are given.
+template <class Given, class F>
+NTM_FN void with_norms(Given norms /*Norms<T>* or nullptr*/, F&& cosines) {
+    if constexpr (present<Given>)
+        if (norms->known) return cosines(std::true_type{});
+    cosines(std::false_type{});
+    if constexpr (present<Given>) norms->known = true;
+}
+
+// Stores the cosines and, unless they are Known, 1/B_i. row(m, tile): what of row m of the memory lies there. For a head
+// that also reads, grad_reads is dr, and grad_weights grows by M_i.dr: all need the whole memory, which comes from cache
+// once.
+template <bool Known, class Team, class Row, class Reads, class T = typename Team::Real>
+NTM_FN void cosine_of_rows(const Team& team, Index N, Index M, T eps, T key_norm, Row&& row, const T* key /*[M]*/,
+                           T* cosine /*[N]*/, T* inverse_norm /*[N]*/, Reads grad_reads /*[M] or nullptr*/,
+                           T* grad_weights /*[N], added*/) {
     using V = typename Team::V;
     constexpr bool reads = present<Reads>;
     const T inverse_key_norm = 1 / key_norm;
     team.template columns<1 + reads + !Known>(
         M, N,
         [&](Index m, auto tile, auto& sums) NTM_INLINE {
-            const V x = tile.load(memory + m * N);
+            const V x = row(m, tile);
             sums[0] += key[m] * x;
             if constexpr (reads) sums[1] += grad_reads[m] * x;
             if constexpr (!Known) sums[1 + reads] += x * x;
@@ -50,6 +60,14 @@ NTM_PASS void cosine(const Team& team, Index N, Index M, T eps, T key_norm, cons
             tile.store(cosine, sums[0] * inverse * inverse_key_norm);
             if constexpr (reads) tile.store(grad_weights, tile.load(grad_weights) + sums[1]);
         });
+}
+
+template <bool Known = false, class Team, class Reads = std::nullptr_t, class T = typename Team::Real>
+NTM_PASS void cosine(const Team& team, Index N, Index M, T eps, T key_norm, const T* memory /*[M, N]*/,
+                     const T* key /*[M]*/, T* cosine /*[N]*/, T* inverse_norm /*[N]*/, Reads grad_reads = nullptr,
+                     T* grad_weights = nullptr) {
+    auto row = [&](Index m, auto tile) NTM_INLINE { return tile.load(memory + m * N); };
+    cosine_of_rows<Known>(team, N, M, eps, key_norm, row, key, cosine, inverse_norm, grad_reads, grad_weights);
 }
 
 // wc = softmax(beta c), where no cosine is beyond 1

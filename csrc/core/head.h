@@ -36,24 +36,12 @@ struct Addressing {
     }
 };
 
-// Everything before sharpening. Returns the key's norm. grad_reads and grad_weights as in cosine(). Where norms are
-// given, at was made with them.
-template <class Team, class Given, class Reads = std::nullptr_t, class T = typename Team::Real>
-NTM_FN T focus(const Team& team, Index N, Index M, Index K, T eps, const T* memory /*[M, N]*/,
-               const T* previous /*[N]*/, const Head<T>& head, const Addressing<T>& at,
-               Given norms /*Norms<T>* or nullptr*/, Reads grad_reads = nullptr, T* grad_weights = nullptr) {
+// Everything before sharpening. cosines(norm), of the key's norm, which is returned, leaves what cosine() does.
+template <class Team, class Cosines, class T = typename Team::Real>
+NTM_FN T focus(const Team& team, Index N, Index M, Index K, T eps, Cosines&& cosines, const T* previous /*[N]*/,
+               const Head<T>& head, const Addressing<T>& at) {
     const T norm = key_norm(team, M, eps, head.key);
-    auto cosines = [&](auto known) NTM_INLINE {
-        cosine<known>(team, N, M, eps, norm, memory, head.key, at.cosine, at.inverse_norm, grad_reads, grad_weights);
-    };
-    if constexpr (!present<Given>) {
-        cosines(std::false_type{});
-    } else if (norms->known) {
-        cosines(std::true_type{});
-    } else {
-        cosines(std::false_type{});
-        norms->known = true;
-    }
+    cosines(norm);
     content_weights(team, N, head.beta, at.cosine, at.content);
     interpolate(team, N, at.content, previous, head.gate, at.gated);
     close_ring(team, N, K, at.gated);
@@ -61,11 +49,24 @@ NTM_FN T focus(const Team& team, Index N, Index M, Index K, T eps, const T* memo
     return norm;
 }
 
-template <class Team, class Given = std::nullptr_t, class T = typename Team::Real>
-NTM_FN void address(const Team& team, Index N, Index M, Index K, T eps, const T* memory, const T* previous,
-                    const Head<T>& head, const Addressing<T>& at, T* weights /*[N]*/, Given norms = nullptr) {
-    focus(team, N, M, K, eps, memory, previous, head, at, norms);
+template <class Team, class Cosines, class T = typename Team::Real>
+NTM_FN void address_by(const Team& team, Index N, Index M, Index K, T eps, Cosines&& cosines, const T* previous,
+                       const Head<T>& head, const Addressing<T>& at, T* weights /*[N]*/) {
+    focus(team, N, M, K, eps, cosines, previous, head, at);
     sharpen(team, N, at.shifted, head.gamma, weights);
+}
+
+// Where norms are given, at was made with them.
+template <class Team, class Given = std::nullptr_t, class T = typename Team::Real>
+NTM_FN void address(const Team& team, Index N, Index M, Index K, T eps, const T* memory /*[M, N]*/, const T* previous,
+                    const Head<T>& head, const Addressing<T>& at, T* weights /*[N]*/,
+                    Given norms = nullptr /*Norms<T>* or nullptr*/) {
+    auto cosines = [&](T norm) NTM_INLINE {
+        with_norms(norms, [&](auto known) NTM_INLINE {
+            cosine<known>(team, N, M, eps, norm, memory, head.key, at.cosine, at.inverse_norm);
+        });
+    };
+    address_by(team, N, M, K, eps, cosines, previous, head, at, weights);
 }
 
 // Where the gradients of a head's activated parameters go.
@@ -83,14 +84,21 @@ constexpr Index address_backward_scratch(Index N, Index K) { return ring_size(N,
 // From the weights w and their gradient, which is overwritten. grad_memory becomes grad_after, which may be itself, or
 // nullptr for 0, plus what comes from here. For a head that reads M with these weights, grad_reads is the gradient of
 // what it read.
-template <class Team, class After, class Reads, class T = typename Team::Real>
+template <class Team, class After, class Reads, class Given = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void address_backward(const Team& team, Index N, Index M, Index K, T eps, const T* memory, const T* previous,
                              const Head<T>& head, const T* weights /*[N]*/, T* grad_weights /*[N], overwritten*/,
                              Reads grad_reads /*[M] or nullptr*/, After grad_after /*[M, N] or nullptr*/,
                              T* grad_memory /*[M, N]*/, T* grad_previous /*[N]*/, const HeadGrads<T>& grads,
-                             const Addressing<T>& at, Arena<T> arena /*of address_backward_scratch*/) {
+                             const Addressing<T>& at, Arena<T> arena /*of address_backward_scratch*/,
+                             Given norms = nullptr /*Norms<T>* or nullptr*/) {
     T* grad_shifted = arena.take(ring_size(N, K)) + K / 2;
-    const T norm = focus(team, N, M, K, eps, memory, previous, head, at, nullptr, grad_reads, grad_weights);
+    auto cosines = [&](T norm) NTM_INLINE {
+        with_norms(norms, [&](auto known) NTM_INLINE {
+            cosine<known>(team, N, M, eps, norm, memory, head.key, at.cosine, at.inverse_norm, grad_reads,
+                          grad_weights);
+        });
+    };
+    const T norm = focus(team, N, M, K, eps, cosines, previous, head, at);
     sharpen_backward(team, N, at.shifted, head.gamma, weights, grad_weights, grad_shifted, grads.gamma);
     close_ring(team, N, K, grad_shifted);
     circular_shift_backward(team, N, K, at.gated, head.shift, grad_shifted, grad_weights, grads.shift);
@@ -157,7 +165,7 @@ NTM_FN HeadGrads<T> head_grads(Index M, Index K, T* grad_raw) {
 // grads come in for the activated parameters and go out for the raw ones.
 template <class Team, class T = typename Team::Real>
 NTM_PASS void activate_head_backward(const Team& team, Index M, Index K, T clip, bool key_tanh, const T* raw,
-                                     const Head<T>& head, const HeadGrads<T>& grads) {
+                                     const Head<T>& head, const Scalars<T>& scalars, const HeadGrads<T>& grads) {
     using Math = typename Team::Math;
     team.sync();
     activate_vector_backward(team, M, clip, key_tanh, raw, head.key, grads.key);
@@ -167,10 +175,10 @@ NTM_PASS void activate_head_backward(const Team& team, Index M, Index K, T clip,
         tile.store(grads.shift, clamp_backward<Math>(tile.load(raw + M + 2), clip, g));
     });
     team.one([&]() NTM_INLINE {
-        const T beta = raw[M], gate = raw[M + 1], gamma = raw[M + 2 + K];
-        *grads.beta = clamp_backward<Math>(beta, clip, *grads.beta * sigmoid<Math>(beta));
-        *grads.gate = clamp_backward<Math>(gate, clip, *grads.gate * head.gate * (1 - head.gate));
-        *grads.gamma = clamp_backward<Math>(gamma, clip, *grads.gamma * sigmoid<Math>(gamma));
+        // softplus, derived, is sigmoid
+        *grads.beta = clamp_backward<Math>(raw[M], clip, *grads.beta * scalars.squashed[0]);
+        *grads.gate = clamp_backward<Math>(raw[M + 1], clip, *grads.gate * head.gate * (1 - head.gate));
+        *grads.gamma = clamp_backward<Math>(raw[M + 2 + K], clip, *grads.gamma * scalars.squashed[K + 2]);
     });
 }
 

@@ -403,7 +403,7 @@ struct SequenceGrads {
 // where the team is staged, and there it fetches what it reads more than once.
 template <class T>
 struct SequenceBackwardFrame {
-    T *inner, *dr, *dh, *next, *joined, *features;
+    T *inner, *dr, *dh, *next, *joined, *features, *norms;
     T *dx, *dy, *dparams, *params;
     T *read_weights, *write_weights, *memories;  // of two steps in turn
     TileState<T> grad;
@@ -411,7 +411,7 @@ struct SequenceBackwardFrame {
     static constexpr Size scratch(const SequenceSizes& s, Size E, const SequenceStaging& g) {
         const Size G = s.gates(), P = s.step.params(), RN = s.step.R * s.step.N, WN = s.step.W * s.step.N;
         return g.rooms * room(s.step.backward_scratch()) + g.rooms * room(s.read_size()) + room(E * s.H, E * s.H) +
-               room(s.gru ? 0 : E * s.widest(), g.takes_ends * E * s.features()) +
+               room(s.gru ? 0 : E * s.widest(), g.takes_ends * E * s.features(), g.staged ? 0 : E * s.step.N) +
                g.staged * (room(E * G, s.gru ? E * G : 0, E * P, E * P, 2 * E * RN, 2 * E * WN) +
                            TileState<T>::scratch(s, E, g.holds_memory)) +
                g.holds_memory * room(2 * E * s.memory());
@@ -428,6 +428,7 @@ struct SequenceBackwardFrame {
         next = arena.take(E * s.H);
         joined = arena.take(s.gru ? 0 : E * s.widest());
         features = arena.take(Team::takes_ends * E * s.features());
+        norms = arena.take(Team::staged ? 0 : E * s.step.N);
         dx = arena.take(aside * E * G);
         dy = arena.take(aside * s.gru * E * G);
         dparams = arena.take(aside * E * P);
@@ -476,6 +477,7 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
         return segment + (e * s.every + step - begin) * MN;
     };
     Index t = s.T - 1;
+    [[maybe_unused]] bool normed = false;  // whether the norms of the memories that a step leaves are known
     // Of what every step finds, n numbers for every element: those of so many steps back are fetched ahead.
     auto left = [&](const auto& own, Size n, const T* place, Index back) NTM_INLINE {
         if (t >= back) own.ahead(n, place - back * B * n);
@@ -553,9 +555,18 @@ NTM_FN void sequence_backward(const Team& team, const SequenceSizes& s, const St
             own.sync();
             T *dmemory = f.grad.memory + e * MN, *drw = f.grad.read_weights + e * RN;
             T* dww = f.grad.write_weights + e * WN;
-            memory_step_backward(own, s.step, o, before, earlier_rw, earlier_ww, params, after, rw, ww, dr, dmemory,
-                                 drw, dww, dmemory, drw, dww, dparams_of(f) + e * P, inner_of(f, room),
-                                 left_active<Team>(s, trail, t, b));
+            auto step = [&](auto norms) NTM_INLINE {
+                memory_step_backward(own, s.step, o, before, earlier_rw, earlier_ww, params, after, rw, ww, dr, dmemory,
+                                     drw, dww, dmemory, drw, dww, dparams_of(f) + e * P, inner_of(f, room),
+                                     left_active<Team>(s, trail, t, b), norms);
+            };
+            if constexpr (Team::staged) {
+                step(nullptr);
+            } else {
+                Norms<T> norms = {f.norms + e * s.step.N, normed};
+                step(&norms);
+                if (e + 1 == E) normed = norms.known;
+            }
         });
         team.sync();
         {

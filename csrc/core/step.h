@@ -83,7 +83,6 @@ struct Activated {
         return {key + h * s.M, shift + h * s.K, own.positive[0], own.squashed[1], 1 + own.positive[s.K + 2]};
     }
 
-private:
     NTM_FN Scalars<T> of(const StepSizes& s, Index h) const {
         const Index first = h * (s.K + 3);
         return {scalars.positive + first, scalars.squashed + first};
@@ -130,10 +129,24 @@ NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions&
     const Addressing<T> at(arena, s.N, s.K, norms);
     const Index N = s.N, M = s.M, K = s.K;
     const T eps = T(o.eps);
+    // A thread alone leaves the write to the first head that reads what is written.
+    const bool writes_late = Team::alone && !o.read_first && s.R > 0;
     auto read_all = [&](const T* source) NTM_INLINE {
         for (Index h = 0; h < s.R; ++h) {
             const Head<T> head = active.head(s, h);
-            address(team, N, M, K, eps, source, read_weights + h * N, head, at, new_read_weights + h * N, norms);
+            const T* before = read_weights + h * N;
+            if (writes_late && h == 0) {
+                if constexpr (Team::alone) {
+                    auto cosines = [&](T norm) NTM_INLINE {
+                        write_cosine(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, new_memory,
+                                     eps, norm, head.key, at.cosine, at.inverse_norm);
+                    };
+                    address_by(team, N, M, K, eps, cosines, before, head, at, new_read_weights);
+                    if constexpr (present<Given>) norms->known = true;
+                }
+            } else {
+                address(team, N, M, K, eps, source, before, head, at, new_read_weights + h * N, norms);
+            }
             read(team, N, M, source, new_read_weights + h * N, reads + h * M);
         }
     };
@@ -142,7 +155,8 @@ NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions&
             const Head<T> head = active.head(s, s.R + h);
             address(team, N, M, K, eps, memory, write_weights + h * N, head, at, new_write_weights + h * N, norms);
         }
-        write(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, new_memory);
+        if (!writes_late)
+            write(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, new_memory);
         if constexpr (present<Given>) norms->known = false;
     };
     active.activate(team, s, o, params);
@@ -150,17 +164,19 @@ NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions&
 }
 
 // Recomputes what lies between the inputs and the outputs, and walks back. The gradients of memory and weights may lie
-// where those of the new ones do. left: the activated parameters, where forward left them.
-template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
+// where those of the new ones do. left: the activated parameters, where forward left them. norms: new_memory's, which
+// become memory's; nullptr where none are kept.
+template <class Team, class Left = std::nullptr_t, class Given = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const StepOptions& o, const T* memory,
                                  const T* read_weights, const T* write_weights, const T* params, const T* new_memory,
                                  const T* new_read_weights, const T* new_write_weights, const T* grad_reads,
                                  const T* grad_new_memory, const T* grad_new_read_weights,
                                  const T* grad_new_write_weights, T* grad_memory, T* grad_read_weights,
-                                 T* grad_write_weights, T* grad_params, T* scratch, Left left = nullptr) {
+                                 T* grad_write_weights, T* grad_params, T* scratch, Left left = nullptr,
+                                 Given norms = nullptr) {
     Arena<T> arena{scratch};
     const Activated<T> active = place_active(arena, s, left);
-    const Addressing<T> at(arena, s.N, s.K);
+    const Addressing<T> at(arena, s.N, s.K, norms);
     T* grad_focus = arena.take(s.N);
     T* grad_written = arena.take(s.W * s.N);
     const Index N = s.N, M = s.M, K = s.K;
@@ -173,9 +189,9 @@ NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const Ste
         const Head<T> head = active.head(s, h);
         const HeadGrads<T> grads = head_grads(M, K, grad_params + h * s.head());
         address_backward(team, N, M, K, eps, source, previous, head, weights, grad_weights, grad_read, dM,
-                         grad_memory, grad_previous, grads, at, arena);
+                         grad_memory, grad_previous, grads, at, arena, norms);
         dM = grad_memory;
-        activate_head_backward(team, M, K, clip, o.key_tanh, params + h * s.head(), head, grads);
+        activate_head_backward(team, M, K, clip, o.key_tanh, params + h * s.head(), head, active.of(s, h), grads);
     };
     auto through_reads = [&](const T* source) NTM_INLINE {
         for (Index h = 0; h < s.R; ++h) {
@@ -185,6 +201,7 @@ NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const Ste
         }
     };
     auto through_writes = [&]() NTM_INLINE {
+        if constexpr (present<Given>) norms->known = false;
         for (Index h = 0; h < s.W; ++h) copy(team, N, grad_new_write_weights + h * N, grad_written + h * N);
         T* grad_erase = grad_params + s.write_params();  // e and a of a head lie one after the other: a stride of 2M
         write_backward(team, s.W, N, M, memory, new_write_weights, active.erase, active.add, dM, grad_memory,

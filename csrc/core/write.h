@@ -3,9 +3,23 @@
 // A head that is Alone is compiled without the loop over the others, whose registers a CPU has better use for.
 #pragma once
 
-#include "core/team.h"
+#include "core/content.h"
 
 namespace ntm {
+
+// What becomes of x, of row m, where the first head's weights are first.
+template <bool Alone, class Team, class Tile, class T = typename Team::Real, class V = typename Team::V>
+NTM_FN V written_row(const Team&, const Tile& tile, Index H, Index N, Index M, Index m, V x, V first,
+                     const T* weights, const T* erase, const T* add) {
+    V keep = 1 - first * erase[m], sum = first * add[m];
+    if constexpr (!Alone)
+        for (Index h = 1; h < H; ++h) {
+            const V w = tile.load(weights + h * N);
+            keep *= 1 - w * erase[h * M + m];
+            sum += w * add[h * M + m];
+        }
+    return Team::Math::multiply_add(x, keep, sum);
+}
 
 template <bool Alone, class Team, class T = typename Team::Real>
 NTM_PASS void write_heads(const Team& team, Index H, Index N, Index M, const T* memory /*[M, N]*/,
@@ -19,14 +33,8 @@ NTM_PASS void write_heads(const Team& team, Index H, Index N, Index M, const T* 
             unroll<block.count>([&](auto k) NTM_INLINE { x[k] = tile.load(memory + (block.first + k) * N); });
             unroll<block.count>([&](auto k) NTM_INLINE {
                 const Index m = block.first + k;
-                V keep = 1 - first * erase[m], sum = first * add[m];
-                if constexpr (!Alone)
-                    for (Index h = 1; h < H; ++h) {
-                        const V w = tile.load(weights + h * N);
-                        keep *= 1 - w * erase[h * M + m];
-                        sum += w * add[h * M + m];
-                    }
-                tile.store(written + m * N, x[k] * keep + sum);
+                tile.store(written + m * N,
+                           written_row<Alone>(team, tile, H, N, M, m, x[k], first, weights, erase, add));
             });
         });
     });
@@ -38,6 +46,27 @@ NTM_FN void write(const Team& team, Index H, Index N, Index M, const T* memory, 
     if constexpr (!Team::staged)
         if (H == 1) return write_heads<true>(team, 1, N, M, memory, weights, erase, add, written);
     write_heads<false>(team, H, N, M, memory, weights, erase, add, written);
+}
+
+// write() and, of what it writes, the cosines to a key and the norms: the memory comes from cache once for both.
+template <bool Alone, class Team, class T = typename Team::Real>
+NTM_PASS void write_heads_cosine(const Team& team, Index H, Index N, Index M, const T* memory, const T* weights,
+                                 const T* NTM_RESTRICT erase, const T* NTM_RESTRICT add, T* written, T eps, T key_norm,
+                                 const T* NTM_RESTRICT key /*[M]*/, T* cosine /*[N]*/, T* inverse_norm /*[N]*/) {
+    auto row = [&](Index m, auto tile) NTM_INLINE {
+        const auto x = tile.load(memory + m * N);
+        const auto y = written_row<Alone>(team, tile, H, N, M, m, x, tile.load(weights), weights, erase, add);
+        tile.store(written + m * N, y);
+        return y;
+    };
+    cosine_of_rows<false>(team, N, M, eps, key_norm, row, key, cosine, inverse_norm, nullptr, static_cast<T*>(nullptr));
+}
+
+template <class Team, class T = typename Team::Real>
+NTM_FN void write_cosine(const Team& team, Index H, Index N, Index M, const T* memory, const T* weights, const T* erase,
+                         const T* add, T* written, T eps, T key_norm, const T* key, T* cosine, T* inverse_norm) {
+    auto pass = H == 1 ? write_heads_cosine<true, Team> : write_heads_cosine<false, Team>;
+    pass(team, H, N, M, memory, weights, erase, add, written, eps, key_norm, key, cosine, inverse_norm);
 }
 
 // One head's part of write_backward: dw_h += dM (a_h - M e_h others), de_h = -sum dM M w_h others, da_h = sum dM w_h,

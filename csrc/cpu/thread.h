@@ -72,6 +72,16 @@ struct Math<float> {
     NTM_FN static V min(V a, V b) { return a < b ? a : b; }
 #endif
 
+    // a b + c, rounded once where there is an instruction for it, also where c is a product: there else the compiler
+    // chooses which of the two products it rounds, not everywhere alike.
+#if defined(__AVX512F__)
+    NTM_FN static V multiply_add(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__FMA__)
+    NTM_FN static V multiply_add(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+    NTM_FN static V multiply_add(V a, V b, V c) { return a * b + c; }
+#endif
+
     NTM_FN static V sqrt(V x) {
         float lane[lanes<float>];
         std::memcpy(lane, &x, sizeof x);
