@@ -323,13 +323,18 @@ def test_sweep(request, backend: Backend, poison: Poison) -> None:
     sweep(request.node.nodeid, lambda seed: check(random_case(seed), backend, poison))
 
 
+# Not seed 0: with its draw the GRU's gradient of initial_read_weights is so small a difference that torch's own float32
+# errs by up to 1.1e-4 where the parameters are changed by a thousandth; of 20 others by 2e-5 at most.
+@pytest.mark.parametrize("seed", (1, 2, 3))
 @pytest.mark.parametrize("controller", ("lstm", "gru"))
-def test_float32_over_a_copy_of_twenty(backend: Backend, controller: str) -> None:
+def test_float32_over_a_copy_of_twenty(backend: Backend, controller: str, seed: int) -> None:
     """The standard machine at its initial values: 1e-4, relative L2, for every gradient at T = 41."""
-    case = Case(controller, hidden=100, T=41, B=4, I=9, O=8, N=128, M=20, memory_init="constant", given=False)
+    case = Case(
+        controller, hidden=100, T=41, B=4, I=9, O=8, N=128, M=20, memory_init="constant", given=False, seed=seed
+    )
     found = {}
     for engine, dtype in (("sequence", torch.float32), ("reference", torch.float64)):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         ntm = FastNTM(9, 8, 100, controller=controller, engine=engine).to(DEVICE, dtype)
         found[engine] = train(case, engine, dtype, ntm)
     for name, want in found["reference"].items():
