@@ -187,7 +187,7 @@ _reasons: dict[tuple[str, bool, str], str | None] = {}
 _refusals: dict[tuple, str | None] = {}
 _DEVICE_FAILED = "ntm_fast: kernel "  # so begins what csrc/cuda/launch.h says of CUDA's own errors
 _warned: set[str] = set()
-_POOLED = 1 << 15  # numbers from which, about, the C library asks the system
+POOLED = 1 << 15  # numbers from which, about, the C library asks the system
 
 
 def why_not(device_type: str, is_double: bool, operator: str) -> str | None:
@@ -276,7 +276,7 @@ def empty(like: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
 
     A training step would otherwise get all its memory from the system anew, at a page fault every 4 KB (csrc/pool.h).
     """
-    if math.prod(sizes) >= _POOLED and like.is_cpu and type(like) is torch.Tensor and _cpu().reason is None:
+    if math.prod(sizes) >= POOLED and like.is_cpu and type(like) is torch.Tensor and _cpu().reason is None:
         return torch.from_dlpack(_extension().pooled(sizes, like.dtype is torch.float64))
     return like.new_empty(*sizes)  # torch takes numbers in a third less time than a tuple of them
 

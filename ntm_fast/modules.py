@@ -144,16 +144,19 @@ class _NTM(nn.Module):
 
     def why_no_sequence(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the sequence engine cannot serve this machine there; None when it can."""
+        return ops.why_no_sequence(device, dtype, self.controller_type, self._machine)
+
+    def _machine(self) -> sequence.Machine:
         memory, heads = (self.memory_locations, self.memory_width), (self.read_heads, self.write_heads)
         sizes = self.num_layers, self.hidden_size, memory, heads, self.shift_range
-        return ops.why_no_sequence(device, dtype, sequence.Machine(self.controller_type, *sizes))
+        return sequence.Machine(self.controller_type, *sizes)
 
     def _choose_engine(self, weight: Tensor) -> str:
         """The engine that serves where ``weight`` is. Raises RuntimeError where a forced one cannot."""
         if self.engine == "reference":
             return "reference"
         device, dtype = weight.device, weight.dtype
-        in_steps = self.engine == "auto" and ops.faster_in_steps(device.type, self.hidden_size)
+        in_steps = self.engine == "auto" and ops.faster_in_steps(device, self.hidden_size)
         if self.engine != "step" and not (in_steps and recurrence.can_serve(device.type)):
             reason = self.why_no_sequence(device, dtype)
             if reason is None:
@@ -176,7 +179,7 @@ class _NTM(nn.Module):
                 f"inputs: got shape {tuple(inputs.shape)}, expected {dimensions} dimensions, or {dimensions - 1} when "
                 "unbatched"
             )
-        if inputs.device != weight.device:
+        if not (inputs.is_cpu and weight.is_cpu) and inputs.device != weight.device:
             raise ValueError(f"inputs: got device {inputs.device}, expected the module's {weight.device}")
         if inputs.dtype != weight.dtype and (weight.is_meta or not torch.is_autocast_enabled(inputs.device.type)):
             raise TypeError(f"inputs: got dtype {inputs.dtype}, expected the module's {weight.dtype}")
@@ -200,11 +203,11 @@ class _NTM(nn.Module):
         n, m, r, w = self.memory_locations, self.memory_width, self.read_heads, self.write_heads
         shapes = [(*batch, n, m), (*batch, r, n), (*batch, w, n), (*batch, r, m)]
         shapes += [(self.num_layers, *batch, self.hidden_size)] * len(names)
-        dtype, device = weight.dtype, weight.device
+        dtype, device, on_cpu = weight.dtype, weight.device, weight.is_cpu  # which is quicker asked than a device
         tensors += controller
         for index, (tensor, shape) in enumerate(zip(tensors, shapes)):
             if isinstance(tensor, Tensor) and tensor.shape == shape:
-                if tensor.dtype is dtype and tensor.device == device:
+                if tensor.dtype is dtype and (tensor.is_cpu if on_cpu else tensor.device == device):
                     continue
             name = state._fields[index] if index < 4 else f"controller[{index - 4}]"
             if not isinstance(tensor, Tensor):
@@ -241,12 +244,14 @@ class _NTM(nn.Module):
         options = self._options()
         if engine == "sequence" and records is None:
             arguments += tuple(output)
-            if torch.is_autocast_enabled(inputs.device.type):
+            kind = "cpu" if inputs.is_cpu else inputs.device.type
+            if torch.is_autocast_enabled(kind):
                 outputs, *final = ops.ntm_sequence(*arguments, **options, memory_checkpoint=self.memory_checkpoint)
                 if outputs.dtype is torch.float32:  # as the other engines' output layer has it there
-                    outputs = outputs.to(torch.get_autocast_dtype(inputs.device.type))
+                    outputs = outputs.to(torch.get_autocast_dtype(kind))
             else:  # what the operator would check is checked
-                outputs, *final = ops.checked_sequence(arguments, (*options.values(), ops.EPS, self.memory_checkpoint))
+                checkpoint = ops.CHECKPOINTS.get(self.memory_checkpoint, self.memory_checkpoint)
+                outputs, *final = ops.checked_sequence(arguments, (*options.values(), ops.EPS, checkpoint))
             return outputs, NTMState(*final)
         if engine == "step" and records is None and inputs.shape[1] > 0 and recurrence.can_serve(inputs.device.type):
             features, *final = recurrence.run(*arguments, **options)

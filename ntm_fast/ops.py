@@ -255,7 +255,7 @@ for _op in _OPERATORS:
 
 # --- ntm_sequence: as many tensors as there are layers ----------------------------------------------------------------
 
-_CHECKPOINTS = {"auto": 0, "all": 1}  # as the operator has them; else a number
+CHECKPOINTS = {"auto": 0, "all": 1}  # as the operator has them; else a number
 _SEQUENCE_OPTIONS = {"controller": "str", **_STEP_OPTIONS, "memory_checkpoint": "int"}
 
 
@@ -419,22 +419,24 @@ def why_not_native(device: torch.device, dtype: torch.dtype, name: str = "memory
     return _native.why_not(device.type, dtype is torch.float64, name)
 
 
-def why_no_sequence(device: torch.device, dtype: torch.dtype, machine: sequence.Machine) -> str | None:
-    """Why no native :func:`ntm_sequence` takes such a machine; None when one does."""
-    if machine.controller == "feedforward":
+def why_no_sequence(
+    device: torch.device, dtype: torch.dtype, controller: str, machine: Callable[[], sequence.Machine]
+) -> str | None:
+    """Why no native :func:`ntm_sequence` takes such a machine, asked for where sizes matter; None when one does."""
+    if controller == "feedforward":
         return "its controllers are LSTM and GRU, not feedforward"
     return why_not_native(device, dtype, "ntm_sequence") or sequence.why_no_room(
         device, dtype, machine, torch.is_grad_enabled()
     )
 
 
-def faster_in_steps(device_type: str, hidden_size: int) -> bool:
+def faster_in_steps(device: torch.device, hidden_size: int) -> bool:
     """Whether such a controller's sequences are better served step by step than by :func:`ntm_sequence`.
 
     On CUDA a block multiplies by all of the controller's weights at every step. Beyond some size, cuBLAS, which deals
     them out among all blocks, makes up for the kernels that a step in a captured graph then takes.
     """
-    return device_type == "cuda" and hidden_size > LARGEST_HIDDEN
+    return hidden_size > LARGEST_HIDDEN and device.type == "cuda"
 
 
 def explain(
@@ -669,19 +671,20 @@ def ntm_sequence(
         "add_activation": add_activation,
         "clip": clip,
         "eps": eps,
-        "memory_checkpoint": _CHECKPOINTS.get(memory_checkpoint, memory_checkpoint),
+        "memory_checkpoint": CHECKPOINTS.get(memory_checkpoint, memory_checkpoint),
     }
     arguments, state, weights = (inputs, memory, read_weights, write_weights, reads), tuple(state), tuple(weights)
 
     def why_not() -> str | None:
         if torch.compiler.is_compiling() and controller != "feedforward":
             return None  # sizes may be symbols
-        layers = state[0].shape[0] if state else 1
-        heads = read_weights.shape[-2], write_weights.shape[-2]
-        sizes = layers, heads_weight.shape[1], tuple(memory.shape[-2:]), heads
-        machine = sequence.Machine(controller, *sizes, shift_range)
         dtype = torch.float64 if heads_weight.dtype is torch.float64 else torch.float32  # autocast takes the rest to it
-        return why_no_sequence(inputs.device, dtype, machine)
+        return why_no_sequence(inputs.device, dtype, controller, machine)
+
+    def machine() -> sequence.Machine:
+        heads = read_weights.shape[-2], write_weights.shape[-2]
+        sizes = state[0].shape[0], heads_weight.shape[1], tuple(memory.shape[-2:]), heads
+        return sequence.Machine(controller, *sizes, shift_range)
 
     initial = memory, read_weights, write_weights, reads, *state
     shared = all(isinstance(x, Tensor) and x.dim() == 2 for x in initial)
@@ -699,9 +702,8 @@ def ntm_sequence(
 def checked_sequence(
     arguments: tuple, options: tuple
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """:func:`ntm_sequence` of tensors, as it takes them, and options that are known to be right and to be served."""
-    *options, checkpoint = options
-    options.append(_CHECKPOINTS.get(checkpoint, checkpoint))
+    """:func:`ntm_sequence` of tensors, as it takes them, and options, as the operator does, that are known to be right
+    and to be served."""
     if torch.is_grad_enabled() or watched() or transforming():
         return grouped(_serve(_NTMSequence, in_a_row(arguments), dict(zip(_SEQUENCE_OPTIONS, options))))
     *outputs, state, _ = sequence.forward(*arguments, *options, False)

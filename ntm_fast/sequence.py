@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from array import array
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -48,14 +48,16 @@ class Machine(NamedTuple):
     shift_range: int
 
 
-def why_no_room(device: torch.device, dtype: torch.dtype, machine: Machine, backward: bool) -> str | None:
+def why_no_room(
+    device: torch.device, dtype: torch.dtype, machine: Callable[[], Machine], backward: bool
+) -> str | None:
     """Why the device cannot hold a sequence's state where it runs; None when it can, at every length and batch size.
 
     On CUDA that is the shared memory of a block, of which backward needs more than forward.
     """
     if not _native.limited(device.type):
         return None
-    controller, L, H, (N, M), (R, W), shift_range = machine
+    controller, L, H, (N, M), (R, W), shift_range = machine()
     sizes = 1, 1, 1, 1, L, H, controller == "gru", 1, R, W, N, M, 2 * shift_range + 1, 1, 0
     options = _native.step_scalars(False, "tanh", "tanh", None, 1.0)
     if backward:
@@ -171,7 +173,7 @@ def _plan(
     options, keep, inputs, memory, read_weights, write_weights, state, heads, output, make=_remembered_plan
 ) -> _Plan:
     shapes = inputs.shape, memory.shape, read_weights.shape, write_weights.shape, state[0].shape, heads.shape
-    kind = inputs.device.type
+    kind = "cuda" if inputs.is_cuda else "cpu"
     return make(options, keep, *shapes, output.shape, inputs.element_size(), kind, not _native.limited(kind))
 
 
@@ -189,7 +191,10 @@ def _native_layout(
 
 def _addresses(plan: _Plan, state: Sequence[Tensor]) -> list[int]:
     """Of a state in the native layout; a GRU has no cell."""
-    return [tensor.data_ptr() for tensor in state] + [0] * plan.gru
+    addresses = [tensor.data_ptr() for tensor in state]
+    if plan.gru:
+        addresses.append(0)
+    return addresses
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -202,6 +207,8 @@ def _table(tensors: Sequence[Tensor]) -> array:
 
 def allocate(plan: _Plan, inputs: Tensor, keep: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The outputs, the final state in the native layout and the trail, uninitialised; no trail unless it is kept."""
+    if plan.B * plan.T == 1 and not keep and plan.minor[0] < _native.POOLED:  # a streamed step, which would notice
+        return inputs.new_empty(1, 1, plan.O), [inputs.new_empty(*shape) for shape in plan.final], []
     final = [_empty(inputs, shape) for shape in plan.final]
     trail = [_empty(inputs, shape) for shape in plan.trail] if keep else []
     return _empty(inputs, (plan.T, plan.B, plan.O)), final, trail
@@ -235,7 +242,7 @@ def forward(
     weights = _contiguous((*weights, heads_weight, heads_bias, output_weight, output_bias))
     table = _table(weights)
     outputs, final, trail = allocate(plan, inputs, keep)
-    (inputs,) = _contiguous([inputs])
+    inputs = inputs.contiguous()
     kept = [tensor.data_ptr() for tensor in trail] if keep else [0] * len(Trail._fields)
     if not plan.takes_ends:
         x, features = (trail[i] if keep else _empty(inputs, plan.trail[i]) for i in (X, FEATURES))

@@ -26,20 +26,57 @@ struct Columns {
     Size stride, count;
 };
 
-// rows[i][j] becomes rows[j][i].
-template <int Distance, class T, int... J>
-NTM_FN void exchange(Vector<T, lanes<T>>& a, Vector<T, lanes<T>>& b, std::integer_sequence<int, J...>) {
-    const auto low = __builtin_shufflevector(a, b, (J & Distance ? lanes<T> + J - Distance : J)...);
-    b = __builtin_shufflevector(a, b, (J & Distance ? lanes<T> + J : J + Distance)...);
-    a = low;
+// Of the numbers of two vectors, or of groups of Size in a row: within 16 bytes, those of the lower halves in turns, or
+// the upper; or over all, the even or odd 16 bytes of one and then of the other. All are single instructions, which a
+// swap of a's upper with b's lower numbers often is not.
+template <int Size, bool Upper, class T, int... J>
+NTM_FN Vector<T, lanes<T>> in_turns(Vector<T, lanes<T>> a, Vector<T, lanes<T>> b, std::integer_sequence<int, J...>) {
+    constexpr int Q = 16 / sizeof(T);
+    return __builtin_shufflevector(
+        a, b, (J / Size % 2 * lanes<T> + J / Q * Q + Upper * Q / 2 + J % Q / (2 * Size) * Size + J % Size)...);
 }
-template <class T, int Distance = lanes<T> / 2>
+template <bool Odd, class T, int... J>
+NTM_FN Vector<T, lanes<T>> every_other(Vector<T, lanes<T>> a, Vector<T, lanes<T>> b, std::integer_sequence<int, J...>) {
+    constexpr int Q = 16 / sizeof(T);
+    return __builtin_shufflevector(a, b, ((J / Q * 2 + Odd) * Q + J % Q)...);
+}
+
+// rows[i][j] becomes rows[j][i].
+template <class T>
 NTM_FN void transpose(Vector<T, lanes<T>> (&rows)[lanes<T>]) {
-    unroll<lanes<T>>([&](auto i) NTM_INLINE {
-        if constexpr (!(i & Distance))
-            exchange<Distance, T>(rows[i], rows[i + Distance], std::make_integer_sequence<int, lanes<T>>{});
+    constexpr int Q = 16 / sizeof(T), G = lanes<T> / Q;  // numbers in 16 bytes, and such groups in a vector
+    constexpr auto all = std::make_integer_sequence<int, lanes<T>>{};
+    auto turns = [&](auto size, int i, int j) NTM_INLINE {
+        const auto low = in_turns<size, false, T>(rows[i], rows[j], all);
+        rows[j] = in_turns<size, true, T>(rows[i], rows[j], all);
+        rows[i] = low;
+    };
+    auto parted = [&](int i, int j) NTM_INLINE {
+        const auto even = every_other<false, T>(rows[i], rows[j], all);
+        rows[j] = every_other<true, T>(rows[i], rows[j], all);
+        rows[i] = even;
+    };
+    const std::integral_constant<int, 1> one;
+    const std::integral_constant<int, 2> two;
+    unroll<G>([&](auto g) NTM_INLINE {  // Q x Q numbers, in every 16 bytes
+        constexpr int i = g * Q;
+        turns(one, i, i + 1);
+        if constexpr (Q == 4) {
+            turns(one, i + 2, i + 3);
+            turns(two, i, i + 2);
+            turns(two, i + 1, i + 3);
+            std::swap(rows[i + 1], rows[i + 2]);
+        }
     });
-    if constexpr (Distance > 1) transpose<T, Distance / 2>(rows);
+    unroll<Q>([&](auto c) NTM_INLINE {  // G x G of these
+        if constexpr (G == 2) parted(c, Q + c);
+        if constexpr (G == 4) {
+            parted(c, Q + c);
+            parted(2 * Q + c, 3 * Q + c);
+            parted(c, 2 * Q + c);
+            parted(Q + c, 3 * Q + c);
+        }
+    });
 }
 
 // Calls f(j, vector) for every column j of a matrix: its numbers in as many rows from begin on as a vector has lanes, 0
@@ -49,12 +86,17 @@ NTM_FN void across(Size rows, Size begin, Size columns, const T* from, Size stri
     using V = Vector<T, lanes<T>>;
     Thread<T>{}.tiles(columns, [&](auto tile) NTM_INLINE {
         V block[lanes<T>];
-        unroll<lanes<T>>([&](auto i) NTM_INLINE {
-            block[i] = begin + i < rows ? tile.load(from + (begin + i) * stride) : V{};
-        });
+        const T* first = from + begin * stride;
+        if (begin + lanes<T> <= rows)
+            unroll<lanes<T>>([&](auto i) NTM_INLINE { block[i] = tile.load(first + i * stride); });
+        else
+            unroll<lanes<T>>([&](auto i) NTM_INLINE {
+                block[i] = begin + i < rows ? tile.load(first + i * stride) : V{};
+            });
+        constexpr bool full = std::is_same_v<decltype(tile), FullTile<T>>;
         transpose<T>(block);
         unroll<lanes<T>>([&](auto j) NTM_INLINE {
-            if (tile.begin + j < columns) f(tile.begin + j, block[j]);
+            if (full || tile.begin + j < columns) f(tile.begin + j, block[j]);
         });
     });
 }
