@@ -33,9 +33,9 @@ NTM_FN void with_norms(Given norms /*Norms<T>* or nullptr*/, F&& cosines) {
     if constexpr (present<Given>) norms->known = true;
 }
 
-// Stores the cosines and, unless they are Known, 1/B_i. row(m, tile): what of row m of the memory lies there. For a head
-// that also reads, grad_reads is dr, and grad_weights grows by M_i.dr: all need the whole memory, which comes from cache
-// once.
+// Stores the cosines and, unless they are Known, 1/B_i. row(m, tile): what of row m of the memory lies there. For a
+// head that also reads, grad_reads is dr, and grad_weights grows by M_i.dr: all need the whole memory, which comes from
+// cache once.
 template <bool Known, class Team, class Row, class Reads, class T = typename Team::Real>
 NTM_FN void cosine_of_rows(const Team& team, Index N, Index M, T eps, T key_norm, Row&& row, const T* key /*[M]*/,
                            T* cosine /*[N]*/, T* inverse_norm /*[N]*/, Reads grad_reads /*[M] or nullptr*/,
