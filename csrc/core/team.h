@@ -4,8 +4,9 @@
 // block. A Team provides:
 //
 //   Real, V              float or double; W of them, with elementwise arithmetic and comparison
-//   Math                 select(mask, a, b), exp, log, log1p, tanh, sqrt of V and of Real; max and min of two V, the
-//                        second where one is NaN; tiny, the smallest normal number, and infinity
+//   Math                 select(mask, a, b), exp, log1p, tanh, sqrt of V and of Real; exp2 and log2 of V; max and min
+//                        of two V, the second where one is NaN; multiply_add(a, b, c), a b + c of V, where c is rounded
+//                        first if it is a product; tiny, the smallest normal number, and infinity
 //   tiles(n, f)          calls f(tile) for every tile of W contiguous elements of 0..n, shared out over the threads;
 //                        tile.load(p) and tile.store(p, v) move p[tile.begin ...], tile.only(v, fill) replaces the
 //                        lanes past n
