@@ -11,8 +11,12 @@
 
 namespace ntm::cpu {
 
+// Vectors of a panel: as many as keep multiply-adds from waiting for each other, for the rows that are taken at a time.
+// AVX-512 has 32 registers for their sums, others 16.
+constexpr int panel_vectors = register_bytes == 64 ? 2 : 3;
+
 template <class T>
-constexpr int panel_width = 2 * lanes<T>;
+constexpr int panel_width = panel_vectors * lanes<T>;
 
 template <class T>
 constexpr Size packed_size(Size K, Size C) {
@@ -79,24 +83,27 @@ NTM_FN void transpose(Vector<T, lanes<T>> (&rows)[lanes<T>]) {
     });
 }
 
-// Calls f(j, vector) for every column j of a matrix: its numbers in as many rows from begin on as a vector has lanes, 0
-// past the last row. Rows are stride numbers apart.
-template <class T, class F>
+// Calls f(v, j, vector) for every column j of a matrix and, by constants, v up to Vectors: the column's numbers in the
+// v-th as many rows from begin on as a vector has lanes, 0 past the last row. Rows are stride numbers apart.
+template <int Vectors = 1, class T, class F>
 NTM_FN void across(Size rows, Size begin, Size columns, const T* from, Size stride, F&& f) {
     using V = Vector<T, lanes<T>>;
     Thread<T>{}.tiles(columns, [&](auto tile) NTM_INLINE {
-        V block[lanes<T>];
-        const T* first = from + begin * stride;
-        if (begin + lanes<T> <= rows)
-            unroll<lanes<T>>([&](auto i) NTM_INLINE { block[i] = tile.load(first + i * stride); });
-        else
-            unroll<lanes<T>>([&](auto i) NTM_INLINE {
-                block[i] = begin + i < rows ? tile.load(first + i * stride) : V{};
+        unroll<Vectors>([&](auto v) NTM_INLINE {
+            V block[lanes<T>];
+            const Size row = begin + v * lanes<T>;
+            const T* first = from + row * stride;
+            if (row + lanes<T> <= rows)
+                unroll<lanes<T>>([&](auto i) NTM_INLINE { block[i] = tile.load(first + i * stride); });
+            else
+                unroll<lanes<T>>([&](auto i) NTM_INLINE {
+                    block[i] = row + i < rows ? tile.load(first + i * stride) : V{};
+                });
+            constexpr bool full = std::is_same_v<decltype(tile), FullTile<T>>;
+            transpose<T>(block);
+            unroll<lanes<T>>([&](auto j) NTM_INLINE {
+                if (full || tile.begin + j < columns) f(v, tile.begin + j, block[j]);
             });
-        constexpr bool full = std::is_same_v<decltype(tile), FullTile<T>>;
-        transpose<T>(block);
-        unroll<lanes<T>>([&](auto j) NTM_INLINE {
-            if (full || tile.begin + j < columns) f(tile.begin + j, block[j]);
         });
     });
 }
@@ -106,7 +113,7 @@ template <class T>
 inline void transpose(Size rows, Size columns, const T* from, Size from_stride, T* to, Size to_stride) {
     Thread<T>{}.tiles(rows, [&](auto tile) NTM_INLINE {
         across(rows, tile.begin, columns, from, from_stride,
-               [&](Size j, auto column) NTM_INLINE { tile.store(to + j * to_stride, column); });
+               [&](auto, Size j, auto column) NTM_INLINE { tile.store(to + j * to_stride, column); });
     });
 }
 
@@ -117,7 +124,7 @@ inline void pack_transposed(Size rows, Size columns, const T* from, Size stride,
     for (Size begin = 0; begin < (rows + panel_width<T> - 1) / panel_width<T> * panel_width<T>; begin += lanes<T>) {
         T* to = packed + begin / panel_width<T> * panel_width<T> * K + begin % panel_width<T> + first * panel_width<T>;
         across(rows, begin, columns, from, stride,
-               [&](Size k, auto column) NTM_INLINE { FullTile<T>{0}.store(to + k * panel_width<T>, column); });
+               [&](auto, Size k, auto column) NTM_INLINE { FullTile<T>{0}.store(to + k * panel_width<T>, column); });
     }
 }
 
@@ -142,6 +149,18 @@ inline void pad(Size K, Size C, T* packed) {
     for (Size k = 0; k < K; ++k) std::fill_n(panel + k * panel_width<T> + place, panel_width<T> - place, T(0));
 }
 
+// row[c ...] += sum, as far as there are C columns
+template <class T>
+NTM_FN void add_to(T* row, Index c, Size C, Vector<T, lanes<T>> sum) {
+    if (c + lanes<T> <= C) {
+        const FullTile<T> tile{c};
+        tile.store(row, tile.load(row) + sum);
+    } else if (c < C) {
+        const TailTile<T> tile{c, static_cast<int>(C - c)};
+        tile.store(row, tile.load(row) + sum);
+    }
+}
+
 // R rows by W vectors, column begin first: out[r, c] += sum_k in(r, k) weight[k, c]. weight_of(k, v) is the v-th vector
 // of row k.
 template <int R, int W, class T, class In, class Weight>
@@ -157,38 +176,8 @@ NTM_FN void product_block(Size K, Size C, Index begin, In&& in, Weight&& weight_
         });
     }
     unroll<R>([&](auto r) NTM_INLINE {
-        unroll<W>([&](auto v) NTM_INLINE {
-            const Index c = begin + v * lanes<T>;
-            T* row = out + r * C;
-            if (c + lanes<T> <= C) {
-                const FullTile<T> tile{c};
-                tile.store(row, tile.load(row) + sums[r][v]);
-            } else if (c < C) {
-                const TailTile<T> tile{c, static_cast<int>(C - c)};
-                tile.store(row, tile.load(row) + sums[r][v]);
-            }
-        });
+        unroll<W>([&](auto v) NTM_INLINE { add_to<T>(out + r * C, begin + v * lanes<T>, C, sums[r][v]); });
     });
-}
-
-// R rows by all columns of a packed weight, W vectors at a time, so many that no sum waits for the one before it; what
-// is left by 2 and 1.
-template <int R, int W, class T, class In>
-NTM_FN void product_rows(Size K, Size C, In&& in, const T* packed, T* out) {
-    Index c = 0;
-    auto blocks = [&](auto vectors, Index begun) NTM_INLINE {
-        for (; c + begun * lanes<T> < C; c += vectors * lanes<T>) {
-            const T* panel = packed + c * K;
-            auto weight = [=](Size k, auto v) NTM_INLINE {
-                constexpr int width = panel_width<T>;
-                return FullTile<T>{0}.load(panel + v / 2 * width * K + k * width + v % 2 * lanes<T>);
-            };
-            product_block<R, vectors>(K, C, c, in, weight, out);
-        }
-    };
-    if constexpr (W > 2) blocks(std::integral_constant<int, W>{}, W - 2);
-    blocks(std::integral_constant<int, 2>{}, 1);
-    blocks(std::integral_constant<int, 1>{}, 0);
 }
 
 // Calls f(rows, first) for blocks of rows that make up 0..n, as large as the registers allow; rows is a constant.
@@ -198,35 +187,50 @@ NTM_FN void row_blocks(Size n, F&& f) {
     auto blocks = [&](auto rows) NTM_INLINE {
         for (; first + rows <= n; first += rows) f(rows, first);
     };
-    if constexpr (register_bytes == 64) blocks(std::integral_constant<int, 8>{});  // AVX-512 has 32, others 16
+    if constexpr (register_bytes == 64) blocks(std::integral_constant<int, 8>{});
     blocks(std::integral_constant<int, 4>{});
     blocks(std::integral_constant<int, 1>{});
 }
 
-// out[e, c] += sum_k in[e, k] weight[k, c]
+// out[e, c] += sum_k in[e, k] weight[k, c]. A single row takes 4 panels at a time, so many that no sum waits for the
+// one before it; what is left goes by one panel, and what of it is begun.
 template <class T>
 inline void product(Size E, Size K, Size C, const T* in, const T* packed, T* out) {
     row_blocks(E, [&](auto rows, Size e) NTM_INLINE {
-        const T* own = in + e * K;
-        auto at = [=](Size r, Size k) NTM_INLINE { return own[r * K + k]; };
-        product_rows<rows, rows == 1 ? 8 : 2>(K, C, at, packed, out + e * C);
+        auto at = [K, own = in + e * K](Size r, Size k) NTM_INLINE { return own[r * K + k]; };
+        Index c = 0;
+        auto blocks = [&](auto vectors, Index begun) NTM_INLINE {
+            for (; c + begun * lanes<T> < C; c += vectors * lanes<T>) {
+                const T* panel = packed + c * K;
+                auto weight = [=](Size k, auto v) NTM_INLINE {
+                    constexpr int width = panel_width<T>, V = panel_vectors;
+                    return FullTile<T>{0}.load(panel + v / V * width * K + k * width + v % V * lanes<T>);
+                };
+                product_block<rows, vectors>(K, C, c, at, weight, out + e * C);
+            }
+        };
+        constexpr int V = panel_vectors;
+        if constexpr (rows == 1) blocks(std::integral_constant<int, 4 * V>{}, 3 * V);
+        unroll<V>([&](auto left) NTM_INLINE { blocks(std::integral_constant<int, V - left>{}, V - left - 1); });
     });
 }
 
 // out[c] += sum_k in[k] weight[c, k], of weights as they are stored, side by side: the same sums in the same order, of
-// the vectors that packing would store.
+// the vectors that packing would store. Three sums in turns, where transposing does not take longer than one waits for
+// itself.
 template <class T, class Weights>
 inline void product_unpacked(Size C, const T* in, const Weights& weights, T* out) {
-    Thread<T>{}.tiles(C, [&](auto tile) NTM_INLINE {
-        Vector<T, lanes<T>> sum{};
+    constexpr int vectors = register_bytes == 64 ? 1 : 3;
+    for (Index c = 0; c < C; c += vectors * lanes<T>) {
+        Vector<T, lanes<T>> sums[vectors] = {};
         const T* x = in;
         for (const Columns<T>& columns : weights) {
-            across(C, tile.begin, columns.count, columns.first, columns.stride,
-                   [&](Size k, auto column) NTM_INLINE { sum += x[k] * column; });
+            across<vectors>(C, c, columns.count, columns.first, columns.stride,
+                            [&](auto v, Size k, auto column) NTM_INLINE { sums[v] += x[k] * column; });
             x += columns.count;
         }
-        tile.store(out, tile.load(out) + sum);
-    });
+        unroll<vectors>([&](auto v) NTM_INLINE { add_to<T>(out, c + v * lanes<T>, C, sums[v]); });
+    }
 }
 
 // What the gradient of a weight grows by, transposed: sums[c, g] += sum_n fed[n, c] x[n, g], where fed is several
@@ -249,7 +253,8 @@ inline void add_weight_gradient(Size N, Size outputs, const T* x, Size stride, c
             row_blocks(columns.count, [&](auto rows, Size c) NTM_INLINE {
                 done += rows;
                 for (; fetched < N * done / all_columns; ++fetched)
-                    unroll<2>([&](auto v) NTM_INLINE { __builtin_prefetch(next + fetched * stride + v * lanes<T>); });
+                    for (Size v = 0; v < panel_width<T>; v += 64 / sizeof(T))
+                        __builtin_prefetch(next + fetched * stride + v);
                 const T* own = columns.first + c;
                 const Size step = columns.stride;
                 for (Size n = fed_from; n < fed_to; ++n) __builtin_prefetch(own + n * step);
@@ -260,10 +265,13 @@ inline void add_weight_gradient(Size N, Size outputs, const T* x, Size stride, c
         }
     };
     Index g = 0;
-    for (; g + 2 * lanes<T> <= outputs; g += 2 * lanes<T>)
-        grow(std::integral_constant<int, 2>{}, g, [=](Size n, Index v) NTM_INLINE {
-            return FullTile<T>{g + v * lanes<T>}.load(x + n * stride);
-        });
+    unroll<panel_vectors - 1>([&](auto left) NTM_INLINE {
+        constexpr int vectors = panel_vectors - left;
+        for (; g + vectors * lanes<T> <= outputs; g += vectors * lanes<T>)
+            grow(std::integral_constant<int, vectors>{}, g, [=](Size n, Index v) NTM_INLINE {
+                return FullTile<T>{g + v * lanes<T>}.load(x + n * stride);
+            });
+    });
     Thread<T>{}.tiles(outputs - g, [&](auto tile) NTM_INLINE {
         const T* own = x + g;
         grow(std::integral_constant<int, 1>{}, g + tile.begin,
