@@ -234,6 +234,11 @@ NTM_FN Vector<T, W / 2> half(Vector<T, W> v, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(v, v, (Begin + I)...);
 }
 
+template <class T, int W, int... I>
+NTM_FN Vector<T, 2 * W> joined(Vector<T, W> low, Vector<T, W> high, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(low, high, I...);
+}
+
 template <int Distance, class T, int W, int... I>
 NTM_FN Vector<T, W> crossed(Vector<T, W> v, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(v, v, (I ^ Distance)...);
@@ -288,6 +293,40 @@ struct FullTile {
     NTM_FN static V only(V v, T) { return v; }
 };
 
+// The first count < W numbers at p, and 0 past them, by halves: GCC makes memcpy of a loop, ten times slower. Masked
+// stores of AVX2 take as long on some processors, and nothing can be read back from them at once.
+template <int W, class T>
+NTM_FN Vector<T, W> load_first(const T* p, int count) {
+    if constexpr (W == 2) {
+        return count ? Vector<T, W>{*p} : Vector<T, W>{};
+    } else {
+        constexpr int H = W / 2;
+        const auto rest = load_first<H>(p + (count & H), count & (H - 1));
+        Vector<T, H> low = rest, high{};
+        if (count & H) {
+            std::memcpy(&low, p, sizeof low);
+            high = rest;
+        }
+        return joined<T, H>(low, high, std::make_integer_sequence<int, W>{});
+    }
+}
+template <int W, class T>
+NTM_FN void store_first(T* p, Vector<T, W> v, int count) {
+    if constexpr (W == 2) {
+        if (count) *p = v[0];
+    } else {
+        constexpr int H = W / 2;
+        constexpr auto all = std::make_integer_sequence<int, H>{};
+        Vector<T, H> rest = half<0, T, W>(v, all);
+        if (count & H) {
+            std::memcpy(p, &rest, sizeof rest);
+            p += H;
+            rest = half<H, T, W>(v, all);
+        }
+        store_first<H>(p, rest, count & (H - 1));
+    }
+}
+
 // The last elements of an array whose size is no multiple of the vector's; lanes past the end load as 0.
 template <class T>
 struct TailTile {
@@ -302,9 +341,7 @@ struct TailTile {
         else
             return (V)_mm512_maskz_loadu_pd(mask(), p + begin);
 #else
-        V v{};
-        for (int i = 0; i < count; ++i) v[i] = p[begin + i];
-        return v;
+        return load_first<lanes<T>>(p + begin, count);
 #endif
     }
     NTM_FN void store(T* p, V v) const {
@@ -314,7 +351,7 @@ struct TailTile {
         else
             _mm512_mask_storeu_pd(p + begin, mask(), (__m512d)v);
 #else
-        for (int i = 0; i < count; ++i) p[begin + i] = v[i];
+        store_first<lanes<T>>(p + begin, v, count);
 #endif
     }
     NTM_FN V only(V v, T fill) const {
