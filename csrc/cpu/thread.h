@@ -89,52 +89,51 @@ struct Math<float> {
         return x;
     }
 
-    // p 2^n for a whole n, rounded once where that is denormal
-    NTM_FN static V scale(V p, V n) {
-#if defined(__AVX512F__)
-        return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
-#else
-        const I exponent = __builtin_convertvector(n, I), half = exponent >> 1;  // in two steps: 2^n may overflow
-        return p * (V)((half + 127) << 23) * (V)((exponent - half + 127) << 23);
-#endif
-    }
+    static constexpr float rounder = 0x1.8p23f;  // what is added to it is rounded to a whole number, in its last bits
 
-    // e^x = 2^n (1 + p), n whole
+    // p 2^n, where n comes with rounder added. Without AVX-512, -127 makes 0 and 128 infinity, and none is beyond them:
+    // what is below the smallest normal number vanishes, and what is above 2^127.5 overflows.
+#if defined(__AVX512F__)
+    static constexpr float vanishing = -104.0f;  // whose exponential is 0
+    NTM_FN static V scale(V p, V n) { return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)(n - rounder)); }
+#else
+    static constexpr float vanishing = -88.0f;
+    NTM_FN static V scale(V p, V n) { return p * (V)(((I)n << 23) + (127 << 23)); }
+#endif
+
+    // e^x = 2^n (1 + p), n whole; it comes with rounder added
     struct Power {
         V n, p;
     };
     NTM_FN static Power power(V x) {
-        constexpr float rounder = 0x1.8p23f;  // adding it rounds to an integer
-        const V n = (x * 0x1.715476p+0f + rounder) - rounder;
+        const V rounded = x * 0x1.715476p+0f + rounder, n = rounded - rounder;
         const V r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // x - n log 2, in two parts
         const V square = r * r;
         const V high = 0.0013814538f * r + 0.008368745f, low = 0.04166839f * r + 0.16666521f;
-        return {n, ((high * square + low) * r + 0.49999994f) * square + r};
+        return {rounded, ((high * square + low) * r + 0.49999994f) * square + r};
     }
 
     NTM_FN static V exp(V x) {
-        x = max(V{} - 104.0f, x);  // rounds to 0
-        x = min(V{} + 89.0f, x);   // overflows to infinity
+        x = max(V{} + vanishing, x);
+        x = min(V{} + 89.0f, x);  // overflows to infinity
         const auto [n, p] = power(x);
         return scale(p + 1.0f, n);
     }
 
-    // 2^n 2^r, where n is whole and r from 0 to 1
+    // 2^n 2^r, where n is whole
     NTM_FN static V exp2(V x) {
 #if defined(__AVX512DQ__)
-        const V r = (V)_mm512_maskz_reduce_ps(0xffff, (__m512)x, 0x09);  // x - n; where x is infinite 0
-#else
-        constexpr float rounder = 0x1.8p23f;
-        x = max(V{} - 150.0f, x);  // rounds to 0
-        x = min(V{} + 129.0f, x);  // overflows to infinity
-        const V n = ((x - 0.5f) + rounder) - rounder, r = x - n;
-#endif
+        const V r = (V)_mm512_maskz_reduce_ps(0xffff, (__m512)x, 0x09);  // x - n, from 0 to 1; where x is infinite 0
         const V square = r * r;
         const V high = (0.00021612919f * r + 0.0012467845f) * square + (0.0096754516f * r + 0.05548528f);
-        const V p = (high * square + (0.24022931f * r + 0.69314706f)) * r + 1.0f;  // 2^r
-#if defined(__AVX512DQ__)
+        const V p = (high * square + (0.24022931f * r + 0.69314706f)) * r + 1.0f;
         return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)x);
 #else
+        x = max(V{} - 127.0f, x);
+        x = min(V{} + 128.0f, x);
+        const V n = x + rounder, r = x - (n - rounder), square = r * r;  // r from -0.5 to 0.5
+        const V high = (0.00015353362f * r + 0.0013398875f) * square + (0.009618437f * r + 0.055503324f);
+        const V p = (high * square + (0.24022648f * r + 0.6931472f)) * r + 1.0f;
         return scale(p, n);
 #endif
     }
