@@ -13,6 +13,13 @@ struct LSTMGateValues {
     V i, f, g, o;
 };
 
+template <class Tile, class T>
+NTM_FN auto lstm_gates_at(const Tile& tile, Index H, const T* active /*[4H]*/) {
+    using V = decltype(tile.load(active));
+    return LSTMGateValues<V>{tile.load(active), tile.load(active + H), tile.load(active + 2 * H),
+                             tile.load(active + 3 * H)};
+}
+
 template <class Math, class Tile, class T>
 NTM_FN auto activated_lstm(const Tile& tile, Index H, const T* gates /*[4H]*/) {
     using V = decltype(tile.load(gates));
@@ -20,28 +27,41 @@ NTM_FN auto activated_lstm(const Tile& tile, Index H, const T* gates /*[4H]*/) {
                              Math::tanh(tile.load(gates + 2 * H)), sigmoid<Math>(tile.load(gates + 3 * H))};
 }
 
-// c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c'). A thread alone takes two passes: in one, a tile's
-// tanh(c') would wait for all that makes its c'.
+// c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c'). A thread alone that is to leave the gates activates
+// them in passes of their own: a tile's whole chain of results is too long to have the next tile's begun beside it.
 template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
 NTM_PASS void lstm_gates(const Team& team, Index H, const T* gates /*[4H]: i, f, g, o*/, const T* cell /*[H]*/,
                          T* hidden /*[H]*/, T* new_cell /*[H]*/, Left activated = nullptr /*[4H] or nullptr*/) {
     using Math = typename Team::Math;
-    team.tiles(H, [&](auto tile) NTM_INLINE {
-        const auto [i, f, g, o] = activated_lstm<Math>(tile, H, gates);
-        const auto c = f * tile.load(cell) + i * g;
+    auto update = [&](auto tile, auto gate) NTM_INLINE {
+        const auto c = gate.f * tile.load(cell) + gate.i * gate.g;
         tile.store(new_cell, c);
-        tile.store(hidden, Team::alone ? o : o * Math::tanh(c));
-        if constexpr (present<Left>) {
-            tile.store(activated, i);
-            tile.store(activated + H, f);
-            tile.store(activated + 2 * H, g);
-            tile.store(activated + 3 * H, o);
-        }
-    });
-    if constexpr (Team::alone)
+        tile.store(hidden, gate.o * Math::tanh(c));
+    };
+    if constexpr (Team::alone && present<Left>) {
+        auto sigmoids = [&](Index n, Index first) NTM_INLINE {
+            team.tiles(n, [&](auto tile) NTM_INLINE {
+                tile.store(activated + first, sigmoid<Math>(tile.load(gates + first)));
+            });
+        };
+        sigmoids(2 * H, 0);
         team.tiles(H, [&](auto tile) NTM_INLINE {
-            tile.store(hidden, tile.load(hidden) * Math::tanh(tile.load(new_cell)));
+            tile.store(activated + 2 * H, Math::tanh(tile.load(gates + 2 * H)));
         });
+        sigmoids(H, 3 * H);
+        team.tiles(H, [&](auto tile) NTM_INLINE { update(tile, lstm_gates_at(tile, H, activated)); });
+    } else {
+        team.tiles(H, [&](auto tile) NTM_INLINE {
+            const auto gate = activated_lstm<Math>(tile, H, gates);
+            update(tile, gate);
+            if constexpr (present<Left>) {
+                tile.store(activated, gate.i);
+                tile.store(activated + H, gate.f);
+                tile.store(activated + 2 * H, gate.g);
+                tile.store(activated + 3 * H, gate.o);
+            }
+        });
+    }
 }
 
 // Activated: the gates are.
@@ -54,7 +74,7 @@ NTM_PASS void lstm_gates_backward(const Team& team, Index H, const T* gates, con
     team.tiles(H, [&](auto tile) NTM_INLINE {
         LSTMGateValues<V> gate;
         if constexpr (Activated)
-            gate = {tile.load(gates), tile.load(gates + H), tile.load(gates + 2 * H), tile.load(gates + 3 * H)};
+            gate = lstm_gates_at(tile, H, gates);
         else
             gate = activated_lstm<Math>(tile, H, gates);
         const auto [i, f, g, o] = gate;
@@ -81,20 +101,33 @@ NTM_FN auto activated_gru(const Tile& tile, Index H, const T* x /*[3H]*/, const 
                             Math::tanh(tile.load(x + 2 * H) + r * tile.load(y + 2 * H))};
 }
 
-// n = tanh(i_n + r h_n),  h' = (1 - z) n + z h, with x = W_i x + b_i and y = W_h h + b_h
+// n = tanh(i_n + r h_n),  h' = (1 - z) n + z h, with x = W_i x + b_i and y = W_h h + b_h. In passes as lstm_gates().
 template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
 NTM_PASS void gru_gates(const Team& team, Index H, const T* x /*[3H]: r, z, n*/, const T* y /*[3H]*/,
                         const T* hidden /*[H]*/, T* new_hidden /*[H]*/, Left activated = nullptr /*[3H] or nullptr*/) {
     using Math = typename Team::Math;
-    team.tiles(H, [&](auto tile) NTM_INLINE {
-        const auto [r, z, n] = activated_gru<Math>(tile, H, x, y);
+    auto update = [&](auto tile, auto z, auto n) NTM_INLINE {
         tile.store(new_hidden, (1 - z) * n + z * tile.load(hidden));
-        if constexpr (present<Left>) {
-            tile.store(activated, r);
-            tile.store(activated + H, z);
-            tile.store(activated + 2 * H, n);
-        }
-    });
+        if constexpr (present<Left>) tile.store(activated + 2 * H, n);
+    };
+    if constexpr (Team::alone && present<Left>) {
+        team.tiles(2 * H, [&](auto tile) NTM_INLINE {
+            tile.store(activated, sigmoid<Math>(tile.load(x) + tile.load(y)));
+        });
+        team.tiles(H, [&](auto tile) NTM_INLINE {
+            const auto h_n = tile.load(activated) * tile.load(y + 2 * H);
+            update(tile, tile.load(activated + H), Math::tanh(tile.load(x + 2 * H) + h_n));
+        });
+    } else {
+        team.tiles(H, [&](auto tile) NTM_INLINE {
+            const auto [r, z, n] = activated_gru<Math>(tile, H, x, y);
+            update(tile, z, n);
+            if constexpr (present<Left>) {
+                tile.store(activated, r);
+                tile.store(activated + H, z);
+            }
+        });
+    }
 }
 
 // Activated: in place of x are the gates.
