@@ -290,6 +290,15 @@ def test_every_build_of_the_kernels(kernels: Backend, poison: Poison, controller
         check(Case(controller, dtype=dtype, **change), kernels, poison)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("controller", ("lstm", "gru"))
+def test_one_element_at_a_time(kernels: Backend, poison: Poison, controller: str, dtype: torch.dtype) -> None:
+    """Memories that fill a CPU's second-level cache, on the way back and, in float64, forward."""
+    if kernels is CUDA_ON_HOST:
+        pytest.skip("its blocks cannot hold such an element")
+    check(Case(controller, N=800, M=128, B=3, T=3, checkpoint=2, dtype=dtype), kernels, poison)
+
+
 def random_case(seed: int) -> Case:
     rng = random.Random(f"sequence-{seed}")
     S, dtype, T = rng.randrange(4), rng.choice((torch.float32, torch.float64)), rng.choice((1, 2, 7, 20))

@@ -90,10 +90,16 @@ struct OnThreads {
     }
 };
 
-// Elements that share a pass over the weights: fewer where more memories would crowd the second-level cache.
+// How many memories of an element a step works on: itself, or what it was before and after, and its gradient.
+constexpr Size forward_memories = 1, backward_memories = 3;
+
+// Elements that share a pass over the weights: fewer where more memories would crowd the second-level cache, and one
+// where its own fill it, unless the weights are larger still.
 template <class T>
-constexpr Size sequence_tile(const SequenceSizes& s) {
-    return s.memory() * sizeof(T) > 16384 ? 4 : 8;
+constexpr Size sequence_tile(const SequenceSizes& s, Size memories) {
+    const Size bytes = s.memory() * sizeof(T);
+    if (memories * bytes > (768 << 10) && s.memory() > s.L * s.gates() * s.widest()) return 1;
+    return bytes > (16 << 10) ? 4 : 8;
 }
 
 // One that multiplies: packed or, where it is used only once, as it is stored, in columns side by side
@@ -187,11 +193,12 @@ struct PackedSequence {
     }
 };
 
-// Calls f(team, first, count) for tiles of the batch, of nearly the same size, as many on every thread.
+// Calls f(team, first, count) for tiles of the batch, at most so large and of nearly the same size, as many on every
+// thread.
 template <class T, class F>
-Error sequence_tiles(const SequenceSizes& s, Size scratch, const Launch& launch, F f) {
+Error sequence_tiles(const SequenceSizes& s, Size most, Size scratch, const Launch& launch, F f) {
     if (s.B == 0) return nullptr;
-    const Size threads = std::min<Size>(launch.threads, s.B), most = sequence_tile<T>(s);
+    const Size threads = std::min<Size>(launch.threads, s.B);
     const Size per_thread = (s.B + threads - 1) / threads;
     const Size tiles = std::min(s.B, threads * ((per_thread + most - 1) / most));
     return parallel<T>(tiles, grain, scratch, launch, [=](auto, Size i, T* own) {
@@ -207,8 +214,9 @@ Error ntm_sequence(Launch launch, SequenceSizes s, StepOptions o, int keep, cons
     if (is_too_large(s, false)) return too_large;
     const PackedSequence<T> packed(s, weights, false);
     if (!packed.storage.get()) return out_of_memory;
-    const Size scratch = SequenceFrame<T>::scratch(s, std::min(s.B, sequence_tile<T>(s)), keep != 0, in_place);
-    return sequence_tiles<T>(s, scratch, launch, [&](auto team, Size first, Size count) {
+    const Size E = std::min(s.B, sequence_tile<T>(s, forward_memories));
+    const Size scratch = SequenceFrame<T>::scratch(s, E, keep != 0, in_place);
+    return sequence_tiles<T>(s, E, scratch, launch, [&](auto team, Size first, Size count) {
         sequence(team, s, o, first, count, keep != 0, packed.weights, inputs, outputs, initial, final, trail);
     });
 }
@@ -221,8 +229,9 @@ Error ntm_sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const
     if (is_too_large(s, true)) return too_large;
     const PackedSequence<T> packed(s, weights, true);
     if (!packed.storage.get()) return out_of_memory;
-    const Size E = std::min(s.B, sequence_tile<T>(s)), scratch = SequenceBackwardFrame<T>::scratch(s, E, in_place);
-    return sequence_tiles<T>(s, scratch + sequence_segment(s, E), launch, [&](auto team, Size first, Size count) {
+    const Size E = std::min(s.B, sequence_tile<T>(s, backward_memories));
+    const Size scratch = SequenceBackwardFrame<T>::scratch(s, E, in_place);
+    return sequence_tiles<T>(s, E, scratch + sequence_segment(s, E), launch, [&](auto team, Size first, Size count) {
         sequence_backward(team, s, o, first, count, packed.weights, initial, final_memory, trail, grad_outputs,
                           grad_final, grad, out, team.scratch() + scratch);
     });
