@@ -27,8 +27,9 @@ NTM_FN auto activated_lstm(const Tile& tile, Index H, const T* gates /*[4H]*/) {
                              Math::tanh(tile.load(gates + 2 * H)), sigmoid<Math>(tile.load(gates + 3 * H))};
 }
 
-// c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c'). A thread alone that is to leave the gates activates
-// them in passes of their own: a tile's whole chain of results is too long to have the next tile's begun beside it.
+// c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c'). A thread alone that is to leave the gates
+// activates them in passes of their own: a tile's whole chain of results is too long to have the next tile's begun
+// beside it.
 template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
 NTM_PASS void lstm_gates(const Team& team, Index H, const T* gates /*[4H]: i, f, g, o*/, const T* cell /*[H]*/,
                          T* hidden /*[H]*/, T* new_cell /*[H]*/, Left activated = nullptr /*[4H] or nullptr*/) {
@@ -107,7 +108,7 @@ NTM_PASS void gru_gates(const Team& team, Index H, const T* x /*[3H]: r, z, n*/,
                         const T* hidden /*[H]*/, T* new_hidden /*[H]*/, Left activated = nullptr /*[3H] or nullptr*/) {
     using Math = typename Team::Math;
     auto update = [&](auto tile, auto z, auto n) NTM_INLINE {
-        tile.store(new_hidden, (1 - z) * n + z * tile.load(hidden));
+        tile.store(new_hidden, Math::multiply_add(1 - z, n, z * tile.load(hidden)));
         if constexpr (present<Left>) tile.store(activated + 2 * H, n);
     };
     if constexpr (Team::alone && present<Left>) {

@@ -94,11 +94,11 @@ struct OnThreads {
 constexpr Size forward_memories = 1, backward_memories = 3;
 
 // Elements that share a pass over the weights: fewer where more memories would crowd the second-level cache, and one
-// where its own fill it, unless the weights are larger still.
+// where its own fill it, unless the weights are larger than one of these.
 template <class T>
 constexpr Size sequence_tile(const SequenceSizes& s, Size memories) {
     const Size bytes = s.memory() * sizeof(T);
-    if (memories * bytes > (768 << 10) && s.memory() > s.L * s.gates() * s.widest()) return 1;
+    if (memories * bytes > (768 << 10) && s.memory() > Size(s.L) * s.gates() * s.widest()) return 1;
     return bytes > (16 << 10) ? 4 : 8;
 }
 

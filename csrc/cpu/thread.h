@@ -92,8 +92,8 @@ struct Math<float> {
     static constexpr float rounder = 0x1.8p23f;  // what is added to it is rounded to a whole number, in its last bits
 
     // p 2^n, where n comes with rounder added. Without AVX-512, -127 makes 0 and 128 infinity, and none is beyond them:
-    // what is below the smallest normal number vanishes, and what is above 2^127.5 overflows.
-#if defined(__AVX512F__)
+    // exponentials below 2^-126.5 vanish, and above 2^127.5 they overflow.
+#if defined(__AVX512DQ__)
     static constexpr float vanishing = -104.0f;  // whose exponential is 0
     NTM_FN static V scale(V p, V n) { return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)(n - rounder)); }
 #else
@@ -292,8 +292,9 @@ struct FullTile {
     NTM_FN static V only(V v, T) { return v; }
 };
 
-// The first count < W numbers at p, and 0 past them, by halves: GCC makes memcpy of a loop, ten times slower. Masked
-// stores of AVX2 take as long on some processors, and nothing can be read back from them at once.
+// The first count < W numbers at p, and 0 past them, by halves: GCC would call memcpy for a loop. AVX2's masked stores,
+// too, take many times as long on some processors; its masked loads do not, and without branches the same products and
+// sums are fused before and after them as everywhere.
 template <int W, class T>
 NTM_FN Vector<T, W> load_first(const T* p, int count) {
     if constexpr (W == 2) {
@@ -339,6 +340,11 @@ struct TailTile {
             return (V)_mm512_maskz_loadu_ps(mask(), p + begin);
         else
             return (V)_mm512_maskz_loadu_pd(mask(), p + begin);
+#elif defined(__AVX__)
+        if constexpr (sizeof(T) == 4)
+            return (V)_mm256_maskload_ps(p + begin, (__m256i)mask());
+        else
+            return (V)_mm256_maskload_pd(p + begin, (__m256i)mask());
 #else
         return load_first<lanes<T>>(p + begin, count);
 #endif
@@ -359,7 +365,15 @@ struct TailTile {
     }
 
 private:
+#if defined(__AVX512F__)
     unsigned mask() const { return (1u << count) - 1; }
+#elif defined(__AVX__)
+    NTM_FN auto mask() const {
+        typename Math<T>::I place{};
+        for (int i = 0; i < lanes<T>; ++i) place[i] = i;
+        return place < count;
+    }
+#endif
 };
 
 // Whether what a tile of elements has fetched ahead for its next step, some 48 KB, is best fetched to the first-level
