@@ -50,6 +50,14 @@ EASY = replace(
 
 
 @pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C works, though a shell that starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def _short_evaluation(monkeypatch):
     monkeypatch.setattr(loop, "EVALUATION_SEQUENCES", 2)
     monkeypatch.setattr(CopyTask, "evaluation_lengths", (2, 5))
