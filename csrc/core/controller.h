@@ -94,15 +94,21 @@ struct GRUGateValues {
     V r, z, n;
 };
 
+// n = tanh(i_n + r h_n)
+template <class Math, class Tile, class V, class T>
+NTM_FN V gru_candidate(const Tile& tile, Index H, const T* x /*[3H]*/, const T* y /*[3H]*/, V r) {
+    return Math::tanh(tile.load(x + 2 * H) + r * tile.load(y + 2 * H));
+}
+
 template <class Math, class Tile, class T>
 NTM_FN auto activated_gru(const Tile& tile, Index H, const T* x /*[3H]*/, const T* y /*[3H]*/) {
     using V = decltype(tile.load(x));
     const V r = sigmoid<Math>(tile.load(x) + tile.load(y));
     return GRUGateValues<V>{r, sigmoid<Math>(tile.load(x + H) + tile.load(y + H)),
-                            Math::tanh(tile.load(x + 2 * H) + r * tile.load(y + 2 * H))};
+                            gru_candidate<Math>(tile, H, x, y, r)};
 }
 
-// n = tanh(i_n + r h_n),  h' = (1 - z) n + z h, with x = W_i x + b_i and y = W_h h + b_h. In passes as lstm_gates().
+// h' = (1 - z) n + z h, with x = W_i x + b_i and y = W_h h + b_h. In passes as lstm_gates().
 template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
 NTM_PASS void gru_gates(const Team& team, Index H, const T* x /*[3H]: r, z, n*/, const T* y /*[3H]*/,
                         const T* hidden /*[H]*/, T* new_hidden /*[H]*/, Left activated = nullptr /*[3H] or nullptr*/) {
@@ -116,8 +122,8 @@ NTM_PASS void gru_gates(const Team& team, Index H, const T* x /*[3H]: r, z, n*/,
             tile.store(activated, sigmoid<Math>(tile.load(x) + tile.load(y)));
         });
         team.tiles(H, [&](auto tile) NTM_INLINE {
-            const auto h_n = tile.load(activated) * tile.load(y + 2 * H);
-            update(tile, tile.load(activated + H), Math::tanh(tile.load(x + 2 * H) + h_n));
+            const auto n = gru_candidate<Math>(tile, H, x, y, tile.load(activated));
+            update(tile, tile.load(activated + H), n);
         });
     } else {
         team.tiles(H, [&](auto tile) NTM_INLINE {
