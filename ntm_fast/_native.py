@@ -90,6 +90,8 @@ def _extension() -> Any:
                 spec.loader.exec_module(module)
             except ImportError as error:
                 raise _Missing(f"{path} does not load: {error}") from error
+            if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):  # torch 2.10
+                module.exchange_with(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
             return module
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     built_for = f"ntm_fast in {build.folder} was built for Python {build.record['python']}, and this is Python {python}"
@@ -279,6 +281,23 @@ def empty(like: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
     if math.prod(sizes) >= POOLED and like.is_cpu and type(like) is torch.Tensor and _cpu().reason is None:
         return torch.from_dlpack(_extension().pooled(sizes, like.dtype is torch.float64))
     return like.new_empty(*sizes)  # torch takes numbers in a third less time than a tuple of them
+
+
+def layouts(tensors: tuple[Any, ...]) -> tuple[tuple[int, bytes], list[int]] | None:
+    """The CPU's part in use and how these tensors lie, to compare with others', and their addresses.
+
+    None where something is no plain float32 or float64 tensor on the CPU, before torch 2.10, or without the part.
+    """
+    part = _cpu()
+    if part.reason is not None or part.cuda:
+        return None
+    found = _extension().layouts(tensors)
+    return found and ((part.id, found[0]), found[1])
+
+
+def empty_as(layout: tuple[int, bytes]) -> tuple[list[torch.Tensor], list[int]]:
+    """Uninitialised tensors that lie as :func:`layouts` said of others, and their addresses."""
+    return _extension().empty_as(layout[1], POOLED)
 
 
 def release_pool() -> int:

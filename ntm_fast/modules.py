@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,12 @@ ENGINES = ("auto", "sequence", "step", "reference")
 MEMORY_INITS = ("constant", "learned", "learned_constant", "random")
 ACTIVATIONS = ("tanh", "identity")
 INITIAL_FOCUS = 5.0  # logit of location 0 in the first weightings, the others' being 0; see docs/decisions.md
+# What, beside tensors, decides what a call does.
+_SETTINGS = operator.attrgetter(
+    *("input_size", "output_size", "hidden_size", "num_layers", "controller_type", "memory_locations", "memory_width"),
+    *("read_heads", "write_heads", "shift_range", "read_first", "key_activation", "add_activation", "clip", "engine"),
+    *("memory_checkpoint", "batch_first"),
+)
 INITIAL_MEMORY = 1e-6  # Collier & Beel 2018, section 3.2: the "constant" initialisation
 
 
@@ -35,6 +42,8 @@ def _count(name: str, value: object, least: int = 1) -> int:
 
 class _NTM(nn.Module):
     """Parameters, initial state and the loop over time, common to :class:`FastNTM` and :class:`NTMCell`."""
+
+    batch_first = False
 
     def __init__(
         self,
@@ -189,7 +198,10 @@ class _NTM(nn.Module):
                 f"{self.input_size}"
             )
 
-    def _check_state(self, state: NTMState, batch: tuple[int, ...], weight: Tensor) -> None:
+    def _check_state(self, state: NTMState | None, batch: tuple[int, ...], weight: Tensor) -> NTMState | None:
+        """Check it, and give it the batch that it does not have where ``batch`` is empty."""
+        if state is None:
+            return None
         if not isinstance(state, NTMState):
             raise TypeError(f"state: got {type(state).__name__}, expected an NTMState")
         *tensors, controller = state
@@ -217,6 +229,7 @@ class _NTM(nn.Module):
             raise ValueError(
                 f"state.{name}: got {tensor.dtype} on {tensor.device}, expected the module's {dtype} on {device}"
             )
+        return state if batch else _batched(state)
 
     def _options(self) -> dict:
         return {
@@ -228,20 +241,49 @@ class _NTM(nn.Module):
             "clip": self.clip,
         }
 
+    def _operator_options(self) -> tuple:
+        """As the operator ``ntm_sequence`` takes them."""
+        checkpoint = ops.CHECKPOINTS.get(self.memory_checkpoint, self.memory_checkpoint)
+        return *self._options().values(), ops.EPS, checkpoint
+
+    def _weights(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Of the controller, of the heads and of the output layer."""
+        modules, linear = self._modules, ("weight", "bias")  # looked up past the search of nn.Module, as parameters are
+        heads, output = parameters(modules["heads"], linear), parameters(modules["output"], linear)
+        return modules["controller"].weights(), heads, output
+
+    def _forward(self, inputs: Tensor, state: NTMState | None, records: list | None = None) -> tuple[Tensor, NTMState]:
+        """Check, run and shape as the inputs are. ``records`` collects what a trace shows."""
+        weights = controller, heads, output = self._weights()
+        key = None
+        if type(state) is NTMState and type(state.controller) is tuple and records is None and ops.left_alone():
+            # What is checked and chosen depends on settings and on how tensors lie. Where these have been met before,
+            # only the computing is left, which is little of a streamed step.
+            found = _native.layouts((inputs, *state[:4], *state.controller, *controller, *heads, *output))
+            if found is not None:
+                layouts, addresses = found
+                key = type(self), layouts, *_SETTINGS(self)
+                step = sequence.remembered.get(key)
+                if step is not None:
+                    outputs, *final = step(inputs, addresses)
+                    return outputs, NTMState(*final[:4], tuple(final[4:]))
+        inputs, state, batched = self._enter(inputs, state, heads[0])
+        results = outputs, final = self._leave(*self._run(inputs, state, weights, records), batched)
+        if key is not None and self._choose_engine(heads[0]) == "sequence":
+            arguments = inputs, *state, controller, *heads, *output, *self._operator_options()
+            sequence.remember(key, arguments, (outputs, *final[:4], *final.controller))
+        return results
+
     def _run(
-        self, inputs: Tensor, state: NTMState | None, heads: list[Tensor], records: list | None = None
+        self, inputs: Tensor, state: NTMState | None, weights: tuple[list[Tensor], ...], records: list | None
     ) -> tuple[Tensor, NTMState]:
-        """inputs (T, B, I) -> outputs (T, B, O) and the final state. ``heads``: their weight and bias. ``records``
-        collects what a trace shows.
-        """
+        """inputs (T, B, I) -> outputs (T, B, O) and the final state. ``weights``: those of :meth:`_weights`."""
+        controller, heads, output = weights
         engine = self._choose_engine(heads[0])
         if state is None:
             of_all = engine == "sequence" and records is None and type(self).initial_state is _NTM.initial_state
             state = self._shared_state() if of_all else self.initial_state(inputs.shape[1])
-        # Modules too are looked up past the search of nn.Module, which a streamed step would notice.
-        arguments = inputs, *state, self._modules["controller"].weights(), *heads
-        output = parameters(self._modules["output"], ("weight", "bias"))
-        options = self._options()
+        arguments, options = (inputs, *state, controller, *heads), self._options()
         if engine == "sequence" and records is None:
             arguments += tuple(output)
             kind = "cpu" if inputs.is_cpu else inputs.device.type
@@ -250,8 +292,7 @@ class _NTM(nn.Module):
                 if outputs.dtype is torch.float32:  # as the other engines' output layer has it there
                     outputs = outputs.to(torch.get_autocast_dtype(kind))
             else:  # what the operator would check is checked
-                checkpoint = ops.CHECKPOINTS.get(self.memory_checkpoint, self.memory_checkpoint)
-                outputs, *final = ops.checked_sequence(arguments, (*options.values(), ops.EPS, checkpoint))
+                outputs, *final = ops.checked_sequence(arguments, self._operator_options())
             return outputs, NTMState(*final)
         if engine == "step" and records is None and inputs.shape[1] > 0 and recurrence.can_serve(inputs.device.type):
             features, *final = recurrence.run(*arguments, **options)
@@ -338,9 +379,8 @@ class FastNTM(_NTM):
         trace = NTMTrace(read_weights, write_weights, reads, *parameters)
         return outputs, trace if inputs.dim() == 3 else NTMTrace(*(t.squeeze(1) for t in trace))
 
-    def _forward(self, inputs: Tensor, state: NTMState | None, records: list | None = None) -> tuple[Tensor, NTMState]:
-        heads = parameters(self._modules["heads"], ("weight", "bias"))
-        self._check_inputs(inputs, 3, heads[0])
+    def _enter(self, inputs: Tensor, state: NTMState | None, weight: Tensor) -> tuple[Tensor, NTMState | None, bool]:
+        self._check_inputs(inputs, 3, weight)
         batched = inputs.dim() == 3
         if not batched:
             inputs = inputs.unsqueeze(1)
@@ -349,10 +389,9 @@ class FastNTM(_NTM):
         steps, batch, _ = inputs.shape
         if steps == 0:
             raise ValueError("inputs: got no time steps, expected at least one")
-        if state is not None:
-            self._check_state(state, (batch,) if batched else (), heads[0])
-            state = state if batched else _batched(state)
-        outputs, state = self._run(inputs, state, heads, records)
+        return inputs, self._check_state(state, (batch,) if batched else (), weight), batched
+
+    def _leave(self, outputs: Tensor, state: NTMState, batched: bool) -> tuple[Tensor, NTMState]:
         if not batched:
             return outputs.squeeze(1), _unbatched(state)
         return outputs.transpose(0, 1) if self.batch_first else outputs, state
@@ -366,14 +405,15 @@ class NTMCell(_NTM):
 
     def forward(self, inputs: Tensor, state: NTMState | None = None) -> tuple[Tensor, NTMState]:
         """One step from ``state`` (by default :meth:`initial_state`) -> output logits, new state."""
-        heads = parameters(self._modules["heads"], ("weight", "bias"))
-        self._check_inputs(inputs, 2, heads[0])
+        return self._forward(inputs, state)
+
+    def _enter(self, inputs: Tensor, state: NTMState | None, weight: Tensor) -> tuple[Tensor, NTMState | None, bool]:
+        self._check_inputs(inputs, 2, weight)
         batched = inputs.dim() == 2
         if not batched:
             inputs = inputs.unsqueeze(0)
-        if state is not None:
-            self._check_state(state, (inputs.shape[0],) if batched else (), heads[0])
-            state = state if batched else _batched(state)
-        outputs, state = self._run(inputs.unsqueeze(0), state, heads)
+        return inputs.unsqueeze(0), self._check_state(state, (inputs.shape[0],) if batched else (), weight), batched
+
+    def _leave(self, outputs: Tensor, state: NTMState, batched: bool) -> tuple[Tensor, NTMState]:
         outputs = outputs.squeeze(0)
         return (outputs, state) if batched else (outputs.squeeze(0), _unbatched(state))

@@ -460,6 +460,11 @@ def transforming() -> bool:
     )
 
 
+def left_alone() -> bool:
+    """Whether nothing is at work that has to see tensors or operators, or changes either."""
+    return not (watched() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or transforming())
+
+
 def _describe(letters: str) -> str:
     return "(" + ", ".join(letters) + ")"
 
@@ -704,7 +709,7 @@ def checked_sequence(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """:func:`ntm_sequence` of tensors, as it takes them, and options, as the operator does, that are known to be right
     and to be served."""
-    if torch.is_grad_enabled() or watched() or transforming():
+    if not left_alone():
         return grouped(_serve(_NTMSequence, in_a_row(arguments), dict(zip(_SEQUENCE_OPTIONS, options))))
     *outputs, state, _ = sequence.forward(*arguments, *options, False)
     return *outputs, tuple(state)

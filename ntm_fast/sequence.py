@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from array import array
-from typing import Callable, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -114,7 +114,6 @@ class _Plan(NamedTuple):
     shared: bool  # whether the initial state is one for the whole batch, and has no dimension for it
     sizes: tuple  # as the native functions take them
     options: tuple  # as these do
-    minor: tuple  # the strides of a memory (B, N, M) in the native layout, [B, M, N]
     final: list[tuple[int, ...]]  # the shapes of the final state in the native layout
     trail: list[tuple[int, ...]]  # those of the trail
 
@@ -160,7 +159,6 @@ def _make_plan(
         *(T, B, I, O, L, H, G, gru, takes_ends, shared),
         sizes=(T, B, I, O, L, H, gru, *step, every, shared),
         options=_native.step_scalars(*options[2:7]),
-        minor=(N * M, 1, N),
         final=[(B, M, N), (B, R, N), (B, W, N), (B, R, M), *states],
         trail=trail,
     )
@@ -181,20 +179,22 @@ _empty = _native.empty
 
 
 def _native_layout(
-    plan: _Plan, memory: Tensor, read_weights: Tensor, write_weights: Tensor, reads: Tensor, state: Sequence[Tensor]
+    memory: Tensor, read_weights: Tensor, write_weights: Tensor, reads: Tensor, state: Sequence[Tensor]
 ) -> list[Tensor]:
-    """A state as it lies in the native layout."""
-    if memory.stride() != plan.minor[-memory.dim() :]:
+    """A state as it lies in the native layout, memories [B, M, N]."""
+    if not memory.mT.is_contiguous():
         memory = memory.mT.contiguous()
     return [memory, *_contiguous((read_weights, write_weights, reads, *state))]
 
 
 def _addresses(plan: _Plan, state: Sequence[Tensor]) -> list[int]:
-    """Of a state in the native layout; a GRU has no cell."""
-    addresses = [tensor.data_ptr() for tensor in state]
-    if plan.gru:
-        addresses.append(0)
-    return addresses
+    """Of a state in the native layout."""
+    return _with_cell(plan, [tensor.data_ptr() for tensor in state])
+
+
+def _with_cell(plan: _Plan, addresses: list[int]) -> list[int]:
+    """A state's addresses as the native functions take them; a GRU has no cell."""
+    return [*addresses, 0] if plan.gru else addresses
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -207,8 +207,6 @@ def _table(tensors: Sequence[Tensor]) -> array:
 
 def allocate(plan: _Plan, inputs: Tensor, keep: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The outputs, the final state in the native layout and the trail, uninitialised; no trail unless it is kept."""
-    if plan.B * plan.T == 1 and not keep and plan.minor[0] < _native.POOLED:  # a streamed step, which would notice
-        return inputs.new_empty(1, 1, plan.O), [inputs.new_empty(*shape) for shape in plan.final], []
     final = [_empty(inputs, shape) for shape in plan.final]
     trail = [_empty(inputs, shape) for shape in plan.trail] if keep else []
     return _empty(inputs, (plan.T, plan.B, plan.O)), final, trail
@@ -238,7 +236,7 @@ def forward(
     """
     keep = rest[-1]
     plan = _plan(rest[:-1], keep, inputs, memory, read_weights, write_weights, state, heads_weight, output_weight)
-    initial = _native_layout(plan, memory, read_weights, write_weights, reads, state)
+    initial = _native_layout(memory, read_weights, write_weights, reads, state)
     weights = _contiguous((*weights, heads_weight, heads_bias, output_weight, output_bias))
     table = _table(weights)
     outputs, final, trail = allocate(plan, inputs, keep)
@@ -264,6 +262,57 @@ def forward(
     if not plan.takes_ends:
         torch.addmm(weights[-1], features.flatten(0, 1), weights[-2].t(), out=outputs.view(-1, plan.O))
     return _results(outputs, final, trail)
+
+
+class Repeated(NamedTuple):
+    """A :func:`forward` that kept nothing, to be done again with other tensors that lie as its own did.
+
+    Nothing but the native call is left of it: what it was checked for, and what it chose, depends on layouts and
+    options alone.
+    """
+
+    plan: _Plan
+    results: tuple[int, bytes]  # the layouts of what its caller returned: outputs and final state
+
+    def __call__(self, inputs: Tensor, addresses: list[int]) -> list[Tensor]:
+        """``addresses``: of the arguments in a row, ``inputs`` first."""
+        plan = self.plan
+        results, places = _native.empty_as(self.results)
+        state = len(plan.final)
+        table = array("Q", addresses[1 + state :])
+        _native.call(
+            "ntm_sequence",
+            inputs,
+            *plan.sizes,
+            *plan.options,
+            False,
+            table.buffer_info()[0],
+            addresses[0],
+            places[0],
+            *_with_cell(plan, addresses[1 : 1 + state]),
+            *_with_cell(plan, places[1:]),
+            *[0] * len(Trail._fields),
+        )
+        return results
+
+
+remembered: dict[Any, Repeated] = {}  # by all that decided a call: layouts and options
+
+
+def remember(key: Any, arguments: tuple, results: tuple[Tensor, ...]) -> None:
+    """That a call of :func:`forward` with these arguments, which keeps nothing, came to ``results``, views of its own.
+
+    Nothing is remembered where arguments do not lie as the native code takes them, and had to be copied.
+    """
+    inputs, memory, read_weights, write_weights, reads, state, weights, *others = arguments[:11]
+    plan = _plan(arguments[11:], False, inputs, memory, read_weights, write_weights, state, others[0], others[2])
+    given = memory, read_weights, write_weights, reads, *state, inputs, *weights, *others
+    native = *_native_layout(*given[:4], state), *_contiguous((inputs, *weights, *others))
+    layout = _native.layouts(results)
+    if layout and all(a is b for a, b in zip(given, native)):
+        if len(remembered) >= 1024:
+            remembered.clear()
+        remembered[key] = Repeated(plan, layout[0])
 
 
 def fake(
@@ -316,11 +365,11 @@ def backward(
     plan = _plan(rest[:-1], True, inputs, memory, read_weights, write_weights, state, heads_weight, output_weight)
     T, B, I, O, L, H, G, *_ = plan
     grad_outputs, trail = grad_outputs.contiguous(), Trail(*trail)
-    initial = _native_layout(plan, memory, read_weights, write_weights, reads, state)
+    initial = _native_layout(memory, read_weights, write_weights, reads, state)
     final_memory = final_memory.transpose(1, 2).contiguous()
     after = [0] * 6
     if grad_final:
-        grad_final = _native_layout(plan, *grad_final[:4], grad_final[4:])
+        grad_final = _native_layout(*grad_final[:4], grad_final[4:])
         after = _addresses(plan, grad_final)
     grad = [_empty(inputs, shape) for shape in plan.final]
     # A step's gates are done with when their gradients are known: these may take their place.
