@@ -309,6 +309,7 @@ py::object layouts(const py::tuple& tensors) {
             PyErr_Clear();  // sparse, on a device that DLPack does not know, ...
             return py::none();
         }
+        if (!view.data) return py::none();  // empty, or nothing that can be read
         if (view.device_type != 1 || view.code != 2 || view.lanes != 1 || (view.bits != 32 && view.bits != 64))
             return py::none();
         const Layout layout{view.ndim, view.bits};
@@ -348,6 +349,7 @@ py::tuple empty_as(const py::bytes& layouts, std::size_t pooled_from) {
         void* const address = owned->tensor.data;
         void* tensor = nullptr;
         if (exchange().api->give(owned, &tensor)) throw py::error_already_set();
+        if (!tensor) throw std::bad_alloc();
         tensors.append(py::reinterpret_steal<py::object>(static_cast<PyObject*>(tensor)));
         addresses.append(py::reinterpret_steal<py::object>(PyLong_FromVoidPtr(address)));
     }

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch  # before any native part: its OpenMP runtime is the one that serves both
+from torch.torch_version import TorchVersion
 
 _HERE = Path(__file__).resolve().parent
 # Best first: the variant's name, its file, the level that the processor must reach.
@@ -90,7 +91,8 @@ def _extension() -> Any:
                 spec.loader.exec_module(module)
             except ImportError as error:
                 raise _Missing(f"{path} does not load: {error}") from error
-            if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):  # torch 2.10
+            # Earlier torches have none of their own, though some other package may have given them one.
+            if TorchVersion(torch.__version__) >= (2, 10) and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
                 module.exchange_with(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
             return module
     python = f"{sys.version_info.major}.{sys.version_info.minor}"

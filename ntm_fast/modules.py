@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,10 @@ ENGINES = ("auto", "sequence", "step", "reference")
 MEMORY_INITS = ("constant", "learned", "learned_constant", "random")
 ACTIVATIONS = ("tanh", "identity")
 INITIAL_FOCUS = 5.0  # logit of location 0 in the first weightings, the others' being 0; see docs/decisions.md
-# What, beside tensors, decides what a call does.
+# What, beside tensors, decides what a call without a graph does.
 _SETTINGS = operator.attrgetter(
-    *("input_size", "output_size", "hidden_size", "num_layers", "controller_type", "memory_locations", "memory_width"),
-    *("read_heads", "write_heads", "shift_range", "read_first", "key_activation", "add_activation", "clip", "engine"),
-    *("memory_checkpoint", "batch_first"),
+    *("input_size", "hidden_size", "num_layers", "controller_type", "memory_locations", "memory_width", "read_heads"),
+    *("write_heads", "shift_range", "read_first", "key_activation", "add_activation", "clip", "engine", "batch_first"),
 )
 INITIAL_MEMORY = 1e-6  # Collier & Beel 2018, section 3.2: the "constant" initialisation
 
@@ -38,6 +38,22 @@ def _count(name: str, value: object, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name}: got {value}, expected at least {least}")
     return value
+
+
+def _check_tensors(tensors: list, shapes: list, weight: Tensor, name: Callable[[int], str]) -> None:
+    """That they have these shapes, and dtype and device of ``weight``; ``name`` is asked for in errors."""
+    dtype, device, on_cpu = weight.dtype, weight.device, weight.is_cpu  # which is quicker asked than a device
+    for index, (tensor, shape) in enumerate(zip(tensors, shapes)):
+        if isinstance(tensor, Tensor) and tensor.shape == shape:
+            if tensor.dtype is dtype and (tensor.is_cpu if on_cpu else tensor.device == device):
+                continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name(index)}: got {type(tensor).__name__}, expected a Tensor")
+        if tensor.shape != shape:
+            raise ValueError(f"{name(index)}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        raise ValueError(
+            f"{name(index)}: got {tensor.dtype} on {tensor.device}, expected the module's {dtype} on {device}"
+        )
 
 
 class _NTM(nn.Module):
@@ -114,6 +130,7 @@ class _NTM(nn.Module):
         self.initial_reads = nn.Parameter(torch.empty(r, m, **factory))
         self.initial_read_weights = nn.Parameter(torch.empty(r, n, **factory))  # logits
         self.initial_write_weights = nn.Parameter(torch.empty(w, n, **factory))  # logits
+        self._weight_shapes = [weight.shape for layer in self._weights()[:2] for weight in layer]
         self.reset_parameters()
 
     @torch.no_grad()
@@ -198,10 +215,7 @@ class _NTM(nn.Module):
                 f"{self.input_size}"
             )
 
-    def _check_state(self, state: NTMState | None, batch: tuple[int, ...], weight: Tensor) -> NTMState | None:
-        """Check it, and give it the batch that it does not have where ``batch`` is empty."""
-        if state is None:
-            return None
+    def _check_state(self, state: NTMState, batch: tuple[int, ...], weight: Tensor) -> None:
         if not isinstance(state, NTMState):
             raise TypeError(f"state: got {type(state).__name__}, expected an NTMState")
         *tensors, controller = state
@@ -215,21 +229,20 @@ class _NTM(nn.Module):
         n, m, r, w = self.memory_locations, self.memory_width, self.read_heads, self.write_heads
         shapes = [(*batch, n, m), (*batch, r, n), (*batch, w, n), (*batch, r, m)]
         shapes += [(self.num_layers, *batch, self.hidden_size)] * len(names)
-        dtype, device, on_cpu = weight.dtype, weight.device, weight.is_cpu  # which is quicker asked than a device
-        tensors += controller
-        for index, (tensor, shape) in enumerate(zip(tensors, shapes)):
-            if isinstance(tensor, Tensor) and tensor.shape == shape:
-                if tensor.dtype is dtype and (tensor.is_cpu if on_cpu else tensor.device == device):
-                    continue
-            name = state._fields[index] if index < 4 else f"controller[{index - 4}]"
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"state.{name}: got {type(tensor).__name__}, expected a Tensor")
-            if tensor.shape != shape:
-                raise ValueError(f"state.{name}: got shape {tuple(tensor.shape)}, expected {shape}")
-            raise ValueError(
-                f"state.{name}: got {tensor.dtype} on {tensor.device}, expected the module's {dtype} on {device}"
-            )
-        return state if batch else _batched(state)
+        name = lambda index: f"state.{state._fields[index] if index < 4 else f'controller[{index - 4}]'}"  # noqa: E731
+        _check_tensors([*tensors, *controller], shapes, weight, name)
+
+    def _check_weights(self, weights: tuple[list[Tensor], ...]) -> None:
+        """That what may have been put in the place of a weight fits; the output layer may have another size."""
+        controller, heads, output = weights
+        outputs, features = output[0].shape[:1], self.hidden_size + self.read_heads * self.memory_width
+        shapes = [*self._weight_shapes, (*outputs, features), tuple(outputs)]
+
+        def name(index: int) -> str:
+            linear = "heads.weight", "heads.bias", "output.weight", "output.bias"
+            return [*(f"controller.{own}" for own in self.controller.weight_names), *linear][index]
+
+        _check_tensors([*controller, *heads, *output], shapes, heads[0], name)
 
     def _options(self) -> dict:
         return {
@@ -255,24 +268,31 @@ class _NTM(nn.Module):
     def _forward(self, inputs: Tensor, state: NTMState | None, records: list | None = None) -> tuple[Tensor, NTMState]:
         """Check, run and shape as the inputs are. ``records`` collects what a trace shows."""
         weights = controller, heads, output = self._weights()
-        key = None
-        if type(state) is NTMState and type(state.controller) is tuple and records is None and ops.left_alone():
+        key, known = None, True
+        if type(state) is NTMState and type(state.controller) is tuple and records is None and self._may_repeat():
             # What is checked and chosen depends on settings and on how tensors lie. Where these have been met before,
             # only the computing is left, which is little of a streamed step.
             found = _native.layouts((inputs, *state[:4], *state.controller, *controller, *heads, *output))
             if found is not None:
-                layouts, addresses = found
-                key = type(self), layouts, *_SETTINGS(self)
+                key = found[0], *_SETTINGS(self)
+                known = key in sequence.remembered
                 step = sequence.remembered.get(key)
                 if step is not None:
-                    outputs, *final = step(inputs, addresses)
+                    outputs, *final = step(inputs, found[1])
                     return outputs, NTMState(*final[:4], tuple(final[4:]))
-        inputs, state, batched = self._enter(inputs, state, heads[0])
+        inputs, batched = self._enter(inputs, heads[0])
+        if state is not None:
+            self._check_state(state, inputs.shape[1:2] if batched else (), heads[0])
+            state = state if batched else _batched(state)
         results = outputs, final = self._leave(*self._run(inputs, state, weights, records), batched)
-        if key is not None and self._choose_engine(heads[0]) == "sequence":
+        if not known and self._choose_engine(heads[0]) == "sequence":
             arguments = inputs, *state, controller, *heads, *output, *self._operator_options()
             sequence.remember(key, arguments, (outputs, *final[:4], *final.controller))
         return results
+
+    def _may_repeat(self) -> bool:
+        """Whether a call like this one may be done again by its layout alone."""
+        return self.controller_type != "feedforward" and self.engine in ("auto", "sequence") and ops.left_alone()
 
     def _run(
         self, inputs: Tensor, state: NTMState | None, weights: tuple[list[Tensor], ...], records: list | None
@@ -283,6 +303,8 @@ class _NTM(nn.Module):
         if state is None:
             of_all = engine == "sequence" and records is None and type(self).initial_state is _NTM.initial_state
             state = self._shared_state() if of_all else self.initial_state(inputs.shape[1])
+            if engine == "sequence":
+                self._check_state(state, () if of_all else inputs.shape[1:2], heads[0])
         arguments, options = (inputs, *state, controller, *heads), self._options()
         if engine == "sequence" and records is None:
             arguments += tuple(output)
@@ -291,7 +313,8 @@ class _NTM(nn.Module):
                 outputs, *final = ops.ntm_sequence(*arguments, **options, memory_checkpoint=self.memory_checkpoint)
                 if outputs.dtype is torch.float32:  # as the other engines' output layer has it there
                     outputs = outputs.to(torch.get_autocast_dtype(kind))
-            else:  # what the operator would check is checked
+            else:  # what the operator would check is checked, but for weights
+                self._check_weights(weights)
                 outputs, *final = ops.checked_sequence(arguments, self._operator_options())
             return outputs, NTMState(*final)
         if engine == "step" and records is None and inputs.shape[1] > 0 and recurrence.can_serve(inputs.device.type):
@@ -379,17 +402,17 @@ class FastNTM(_NTM):
         trace = NTMTrace(read_weights, write_weights, reads, *parameters)
         return outputs, trace if inputs.dim() == 3 else NTMTrace(*(t.squeeze(1) for t in trace))
 
-    def _enter(self, inputs: Tensor, state: NTMState | None, weight: Tensor) -> tuple[Tensor, NTMState | None, bool]:
+    def _enter(self, inputs: Tensor, weight: Tensor) -> tuple[Tensor, bool]:
+        """Check inputs and shape them (T, B, I); whether they are batched."""
         self._check_inputs(inputs, 3, weight)
         batched = inputs.dim() == 3
         if not batched:
             inputs = inputs.unsqueeze(1)
         elif self.batch_first:
             inputs = inputs.transpose(0, 1)
-        steps, batch, _ = inputs.shape
-        if steps == 0:
+        if inputs.shape[0] == 0:
             raise ValueError("inputs: got no time steps, expected at least one")
-        return inputs, self._check_state(state, (batch,) if batched else (), weight), batched
+        return inputs, batched
 
     def _leave(self, outputs: Tensor, state: NTMState, batched: bool) -> tuple[Tensor, NTMState]:
         if not batched:
@@ -407,12 +430,12 @@ class NTMCell(_NTM):
         """One step from ``state`` (by default :meth:`initial_state`) -> output logits, new state."""
         return self._forward(inputs, state)
 
-    def _enter(self, inputs: Tensor, state: NTMState | None, weight: Tensor) -> tuple[Tensor, NTMState | None, bool]:
+    def _enter(self, inputs: Tensor, weight: Tensor) -> tuple[Tensor, bool]:
         self._check_inputs(inputs, 2, weight)
         batched = inputs.dim() == 2
         if not batched:
             inputs = inputs.unsqueeze(0)
-        return inputs.unsqueeze(0), self._check_state(state, (inputs.shape[0],) if batched else (), weight), batched
+        return inputs.unsqueeze(0), batched
 
     def _leave(self, outputs: Tensor, state: NTMState, batched: bool) -> tuple[Tensor, NTMState]:
         outputs = outputs.squeeze(0)

@@ -12,7 +12,7 @@ transposed views, and passing them on costs no copy.
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -310,15 +310,21 @@ def flat(function: Callable, last: int) -> Callable[..., tuple[Tensor, ...]]:
 _flat_sequence = flat(reference.ntm_sequence, last=4)
 
 
-def watched() -> bool:
-    """Whether somebody is to see registered operators: a tracer, or a mode that intercepts them."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def watched(tensors: Iterable[Tensor] = ()) -> bool:
+    """Whether somebody is to see registered operators: a tracer, a mode that intercepts them, tensors of a class that
+    may."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return not _PLAIN.issuperset(map(type, tensors))
 
 
 def _run_sequence(*args: Any, keep: bool = False) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Tensors and options in a row -> outputs and final state in a row, and the trail."""
     tensors, options = args[: -len(_SEQUENCE_OPTIONS)], args[-len(_SEQUENCE_OPTIONS) :]
-    kernel = torch.ops.ntm_fast.ntm_sequence.default if watched() else sequence.forward
+    kernel = torch.ops.ntm_fast.ntm_sequence.default if watched(tensors) else sequence.forward
     *outputs, state, trail = kernel(*nested(tensors, options[0]), *options, keep)
     return (*outputs, *state), trail
 
@@ -360,7 +366,7 @@ class _NTMSequence(torch.autograd.Function):
             grad_final = []
         needs_inputs = ctx.needs_input_grad[0]
         arguments = *nested(tensors, ctx.options[0]), memory, trail, grad_outputs, grad_final
-        if watched():
+        if watched(tensors):
             found = torch.ops.ntm_fast.ntm_sequence_backward.default(*arguments, *ctx.options, needs_inputs)
         else:  # the trail may go, unless backward may be asked for once more
             spend = not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -709,8 +715,9 @@ def checked_sequence(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """:func:`ntm_sequence` of tensors, as it takes them, and options, as the operator does, that are known to be right
     and to be served."""
-    if not left_alone():
-        return grouped(_serve(_NTMSequence, in_a_row(arguments), dict(zip(_SEQUENCE_OPTIONS, options))))
+    tensors = in_a_row(arguments)
+    if not left_alone() or watched(tensors):
+        return grouped(_serve(_NTMSequence, tensors, dict(zip(_SEQUENCE_OPTIONS, options))))
     *outputs, state, _ = sequence.forward(*arguments, *options, False)
     return *outputs, tuple(state)
 

@@ -202,7 +202,11 @@ def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _table(tensors: Sequence[Tensor]) -> array:
-    return array("Q", [tensor.data_ptr() for tensor in tensors])
+    """Where weights or their gradients lie. Raises RuntimeError for one whose storage has been taken away."""
+    table = array("Q", [tensor.data_ptr() for tensor in tensors])
+    if 0 in table:
+        raise RuntimeError("ntm_sequence: a weight has no storage")
+    return table
 
 
 def allocate(plan: _Plan, inputs: Tensor, keep: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -296,23 +300,21 @@ class Repeated(NamedTuple):
         return results
 
 
-remembered: dict[Any, Repeated] = {}  # by all that decided a call: layouts and options
+remembered: dict[Any, Repeated | None] = {}  # by all that decided a call; None: not to be repeated
 
 
 def remember(key: Any, arguments: tuple, results: tuple[Tensor, ...]) -> None:
     """That a call of :func:`forward` with these arguments, which keeps nothing, came to ``results``, views of its own.
 
-    Nothing is remembered where arguments do not lie as the native code takes them, and had to be copied.
+    It cannot be repeated if its arguments do not lie as the native code takes them, and had to be copied.
     """
     inputs, memory, read_weights, write_weights, reads, state, weights, *others = arguments[:11]
     plan = _plan(arguments[11:], False, inputs, memory, read_weights, write_weights, state, others[0], others[2])
-    given = memory, read_weights, write_weights, reads, *state, inputs, *weights, *others
-    native = *_native_layout(*given[:4], state), *_contiguous((inputs, *weights, *others))
-    layout = _native.layouts(results)
-    if layout and all(a is b for a, b in zip(given, native)):
-        if len(remembered) >= 1024:
-            remembered.clear()
-        remembered[key] = Repeated(plan, layout[0])
+    native = inputs, memory.mT, read_weights, write_weights, reads, *state, *weights, *others
+    found = _native.layouts(results) if all([x.is_contiguous() for x in native]) else None
+    if len(remembered) >= 1024:
+        remembered.clear()
+    remembered[key] = found and Repeated(plan, found[0])
 
 
 def fake(

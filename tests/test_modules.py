@@ -638,8 +638,7 @@ LAYOUTS = {
 
 def check_that_it_is_heeded(change: str = "nothing", layout: str = "as before") -> None:
     """A call computes what it would, had nothing like it been met before."""
-    module, inputs = make(engine="auto"), some(1, 2, 3)
-    state = module.initial_state(2).detach()
+    module, inputs, state = make(engine="auto"), some(1, 2, 3), None
     with torch.no_grad():
         for _ in range(3):
             _, state = module(inputs, state)
@@ -710,6 +709,21 @@ def test_who_watches_sees_calls_like_earlier_ones(checks: list[int]) -> None:
             assert call(inputs).dtype is torch.bfloat16
         tangent = torch.func.jvp(call, (inputs,), (torch.ones_like(inputs),))[1]
         assert tangent.abs().max() > 0
+
+
+def test_what_cannot_be_repeated_is_found_out_once(checks: list[int], monkeypatch) -> None:
+    calls, remember = [], sequence.remember
+    monkeypatch.setattr(sequence, "remember", lambda *args: calls.append(1) or remember(*args))
+    module, inputs = make(engine="auto"), some(1, 2, 3)
+    state = module.initial_state(2).detach()  # whose memory does not lie as native code takes it
+    with torch.no_grad():
+        for _ in range(3):
+            _, other = module(inputs, state)
+        assert len(calls) == 1 and len(checks) == 3
+        for engine in ("step", "reference"):
+            module.engine = engine
+            module(inputs, other)
+        assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -1091,6 +1105,63 @@ def test_bad_states_are_named() -> None:
         ntm.initial_state(-1)
     with pytest.raises(TypeError, match="batch_size.*2.5"):
         ntm.initial_state(2.5)
+
+
+@pytest.mark.parametrize("name", ("controller.weight_ih_l0", "controller.bias_hh_l1", "heads.bias", "output.weight"))
+def test_parameters_that_do_not_fit_are_named(backend, name: str) -> None:
+    skip_without_sequence(backend.device)
+    layer, parameter = name.split(".")
+    for wrong, words in ((lambda x: x[..., :-1], "shape.*expected"), (lambda x: x.float(), "float32.*float64")):
+        module = make(engine="sequence", num_layers=2)
+        owner = getattr(module, layer)
+        setattr(owner, parameter, nn.Parameter(wrong(getattr(owner, parameter).detach())))
+        for state in (None, module.initial_state(2)):
+            with pytest.raises(ValueError, match=f"{name}.*{words}"):
+                module(some(3, 2, 3), state)
+
+
+@pytest.mark.parametrize("engine", ("auto", "reference"))
+def test_an_output_layer_of_another_size(engine: str) -> None:
+    module, inputs = make(engine=engine), some(3, 2, 3)
+    module.output = nn.Linear(module.output.in_features, 6, dtype=torch.float64)
+    outputs, state = module(inputs)
+    features = torch.cat([state.controller[0][-1], state.reads.flatten(1)], 1)
+    torch.testing.assert_close(outputs[-1], module.output(features), **CLOSE)
+
+
+def test_an_initial_state_that_does_not_fit_is_named(backend) -> None:
+    skip_without_sequence(backend.device)
+
+    class Own(FastNTM):
+        def initial_state(self, batch_size: int) -> NTMState:
+            state = super().initial_state(batch_size)
+            return state._replace(reads=state.reads[:, :1])
+
+    with pytest.raises(ValueError, match=r"state.reads.*\(2, 1, 2\).*\(2, 2, 2\)"):
+        make(Own, engine="sequence")(some(3, 2, 3))
+    module = make(engine="sequence")
+    module.initial_memory = module.initial_memory[:-1]
+    with pytest.raises(ValueError, match=r"state.memory.*\(6, 2\).*\(7, 2\)"):
+        module(some(3, 2, 3))
+
+
+def test_a_weight_without_storage_is_refused(backend) -> None:
+    skip_without_sequence(backend.device)
+    module = make(engine="sequence")
+    module.heads.weight.untyped_storage().resize_(0)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="storage"):
+        module(some(3, 2, 3))
+
+
+def test_fake_tensors_outside_of_their_mode() -> None:
+    mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        module, inputs = FastNTM(**SIZES), torch.empty(3, 2, 3)
+    for grad in (torch.no_grad, torch.enable_grad):
+        with grad():
+            outputs, state = module(inputs)
+            outputs, _ = module(inputs, state)
+        assert isinstance(outputs, torch._subclasses.FakeTensor) and outputs.shape == (3, 2, 4)
 
 
 def test_lengths_are_reserved() -> None:

@@ -724,8 +724,11 @@ def test_a_state_for_all_is_that_state_for_each(backend: Backend) -> None:
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("shared", (False, True), ids=("state of each", "state of all"))
-@pytest.mark.parametrize("change", [{}, {"layers": 2, "checkpoint": 2}, {"controller": "gru", "layers": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("change", "shared"),
+    [({}, False), ({"layers": 2, "checkpoint": 2}, True), ({"controller": "gru", "layers": 2}, False)],
+    ids=("a state for each", "a state for all", "GRU"),
+)
 def test_opcheck(backend: Backend, change: dict, shared: bool) -> None:
     """Schema, fake and functionalisation, of the operator and of its backward."""
     case = Case(**{**dict(T=3, B=2, hidden=4, N=5, M=3, R=2), **change}, dtype=torch.float32)
