@@ -93,7 +93,7 @@ def _extension() -> Any:
                 raise _Missing(f"{path} does not load: {error}") from error
             # Earlier torches have none of their own, though some other package may have given them one.
             if TorchVersion(torch.__version__) >= (2, 10) and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-                module.exchange_with(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
+                module.exchange_with(torch.Tensor.__dlpack_c_exchange_api__, *PLAIN)
             return module
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     built_for = f"ntm_fast in {build.folder} was built for Python {build.record['python']}, and this is Python {python}"
@@ -191,6 +191,7 @@ _reasons: dict[tuple[str, bool, str], str | None] = {}
 _refusals: dict[tuple, str | None] = {}
 _DEVICE_FAILED = "ntm_fast: kernel "  # so begins what csrc/cuda/launch.h says of CUDA's own errors
 _warned: set[str] = set()
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))  # tensors of other classes may mean more than what they hold
 POOLED = 1 << 15  # numbers from which, about, the C library asks the system
 
 

@@ -18,12 +18,12 @@ ENGINES = ("auto", "sequence", "step", "reference")
 MEMORY_INITS = ("constant", "learned", "learned_constant", "random")
 ACTIVATIONS = ("tanh", "identity")
 INITIAL_FOCUS = 5.0  # logit of location 0 in the first weightings, the others' being 0; see docs/decisions.md
+INITIAL_MEMORY = 1e-6  # Collier & Beel 2018, section 3.2: the "constant" initialisation
 # What, beside tensors, decides what a call without a graph does.
 _SETTINGS = operator.attrgetter(
     *("input_size", "hidden_size", "num_layers", "controller_type", "memory_locations", "memory_width", "read_heads"),
     *("write_heads", "shift_range", "read_first", "key_activation", "add_activation", "clip", "engine", "batch_first"),
 )
-INITIAL_MEMORY = 1e-6  # Collier & Beel 2018, section 3.2: the "constant" initialisation
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
@@ -268,24 +268,26 @@ class _NTM(nn.Module):
     def _forward(self, inputs: Tensor, state: NTMState | None, records: list | None = None) -> tuple[Tensor, NTMState]:
         """Check, run and shape as the inputs are. ``records`` collects what a trace shows."""
         weights = controller, heads, output = self._weights()
-        key, known = None, True
+        key = None  # under which to remember the call
         if type(state) is NTMState and type(state.controller) is tuple and records is None and self._may_repeat():
             # What is checked and chosen depends on settings and on how tensors lie. Where these have been met before,
             # only the computing is left, which is little of a streamed step.
             found = _native.layouts((inputs, *state[:4], *state.controller, *controller, *heads, *output))
             if found is not None:
-                key = found[0], *_SETTINGS(self)
-                known = key in sequence.remembered
-                step = sequence.remembered.get(key)
-                if step is not None:
-                    outputs, *final = step(inputs, found[1])
+                layouts, addresses = found
+                key = layouts, *_SETTINGS(self)
+                step = sequence.remembered.get(key, False)
+                if step:
+                    outputs, *final = step(inputs, addresses)
                     return outputs, NTMState(*final[:4], tuple(final[4:]))
+                if step is None:  # not to be repeated, as has been found out
+                    key = None
         inputs, batched = self._enter(inputs, heads[0])
         if state is not None:
             self._check_state(state, inputs.shape[1:2] if batched else (), heads[0])
             state = state if batched else _batched(state)
         results = outputs, final = self._leave(*self._run(inputs, state, weights, records), batched)
-        if not known and self._choose_engine(heads[0]) == "sequence":
+        if key is not None and self._choose_engine(heads[0]) == "sequence":
             arguments = inputs, *state, controller, *heads, *output, *self._operator_options()
             sequence.remember(key, arguments, (outputs, *final[:4], *final.controller))
         return results
@@ -305,18 +307,20 @@ class _NTM(nn.Module):
             state = self._shared_state() if of_all else self.initial_state(inputs.shape[1])
             if engine == "sequence":
                 self._check_state(state, () if of_all else inputs.shape[1:2], heads[0])
-        arguments, options = (inputs, *state, controller, *heads), self._options()
+        arguments = inputs, *state, controller, *heads
         if engine == "sequence" and records is None:
             arguments += tuple(output)
             kind = "cpu" if inputs.is_cpu else inputs.device.type
             if torch.is_autocast_enabled(kind):
-                outputs, *final = ops.ntm_sequence(*arguments, **options, memory_checkpoint=self.memory_checkpoint)
+                options = {**self._options(), "memory_checkpoint": self.memory_checkpoint}
+                outputs, *final = ops.ntm_sequence(*arguments, **options)
                 if outputs.dtype is torch.float32:  # as the other engines' output layer has it there
                     outputs = outputs.to(torch.get_autocast_dtype(kind))
             else:  # what the operator would check is checked, but for weights
                 self._check_weights(weights)
                 outputs, *final = ops.checked_sequence(arguments, self._operator_options())
             return outputs, NTMState(*final)
+        options = self._options()
         if engine == "step" and records is None and inputs.shape[1] > 0 and recurrence.can_serve(inputs.device.type):
             features, *final = recurrence.run(*arguments, **options)
         else:

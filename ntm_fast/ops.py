@@ -310,15 +310,12 @@ def flat(function: Callable, last: int) -> Callable[..., tuple[Tensor, ...]]:
 _flat_sequence = flat(reference.ntm_sequence, last=4)
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
-
-
 def watched(tensors: Iterable[Tensor] = ()) -> bool:
     """Whether somebody is to see registered operators: a tracer, a mode that intercepts them, tensors of a class that
     may."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return not _PLAIN.issuperset(map(type, tensors))
+    return not _native.PLAIN.issuperset(map(type, tensors))
 
 
 def _run_sequence(*args: Any, keep: bool = False) -> tuple[tuple[Tensor, ...], list[Tensor]]:
@@ -466,9 +463,9 @@ def transforming() -> bool:
     )
 
 
-def left_alone() -> bool:
+def left_alone(tensors: Iterable[Tensor] = ()) -> bool:
     """Whether nothing is at work that has to see tensors or operators, or changes either."""
-    return not (watched() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or transforming())
+    return not (watched(tensors) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or transforming())
 
 
 def _describe(letters: str) -> str:
@@ -716,7 +713,7 @@ def checked_sequence(
     """:func:`ntm_sequence` of tensors, as it takes them, and options, as the operator does, that are known to be right
     and to be served."""
     tensors = in_a_row(arguments)
-    if not left_alone() or watched(tensors):
+    if not left_alone(tensors):
         return grouped(_serve(_NTMSequence, tensors, dict(zip(_SEQUENCE_OPTIONS, options))))
     *outputs, state, _ = sequence.forward(*arguments, *options, False)
     return *outputs, tuple(state)

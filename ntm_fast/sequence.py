@@ -221,6 +221,23 @@ def _results(outputs: Tensor, final: list[Tensor], trail: list[Tensor]) -> tuple
     return outputs, memory.mT, read_weights, write_weights, reads, state, trail
 
 
+def _call(
+    plan: _Plan,
+    keep: bool,
+    like: Tensor,
+    table: array,
+    inputs: int,
+    outputs: int,
+    initial: list[int],
+    final: list[int],
+    kept: list[int],
+) -> None:
+    """The native forward, of addresses; ``table``: of the weights'."""
+    weights = table.buffer_info()[0]
+    given = *plan.sizes, *plan.options, keep, weights, inputs, outputs
+    _native.call("ntm_sequence", like, *given, *initial, *final, *kept)
+
+
 def forward(
     inputs: Tensor,
     memory: Tensor,
@@ -250,19 +267,8 @@ def forward(
         x, features = (trail[i] if keep else _empty(inputs, plan.trail[i]) for i in (X, FEATURES))
         kept[X], kept[FEATURES] = x.data_ptr(), features.data_ptr()
         torch.mm(inputs.view(-1, plan.I), weights[0][:, : plan.I].t(), out=x.view(-1, plan.G))
-    _native.call(
-        "ntm_sequence",
-        inputs,
-        *plan.sizes,
-        *plan.options,
-        keep,
-        table.buffer_info()[0],
-        inputs.data_ptr(),
-        outputs.data_ptr(),
-        *_addresses(plan, initial),
-        *_addresses(plan, final),
-        *kept,
-    )
+    states = _addresses(plan, initial), _addresses(plan, final)
+    _call(plan, keep, inputs, table, inputs.data_ptr(), outputs.data_ptr(), *states, kept)
     if not plan.takes_ends:
         torch.addmm(weights[-1], features.flatten(0, 1), weights[-2].t(), out=outputs.view(-1, plan.O))
     return _results(outputs, final, trail)
@@ -284,19 +290,8 @@ class Repeated(NamedTuple):
         results, places = _native.empty_as(self.results)
         state = len(plan.final)
         table = array("Q", addresses[1 + state :])
-        _native.call(
-            "ntm_sequence",
-            inputs,
-            *plan.sizes,
-            *plan.options,
-            False,
-            table.buffer_info()[0],
-            addresses[0],
-            places[0],
-            *_with_cell(plan, addresses[1 : 1 + state]),
-            *_with_cell(plan, places[1:]),
-            *[0] * len(Trail._fields),
-        )
+        states = _with_cell(plan, addresses[1 : 1 + state]), _with_cell(plan, places[1:])
+        _call(plan, False, inputs, table, addresses[0], places[0], *states, [0] * len(Trail._fields))
         return results
 
 
