@@ -4,6 +4,8 @@
 // returns nullptr or the text of what went wrong. Outputs are fully overwritten. A null entry
 // means that the backend does not serve that operator.
 //
+// A new operator is a body in core/element.h, an entry in Operators<T> and a line in NTM_OPERATORS.
+//
 // B batch, H heads of one kind, R read and W write heads, N locations, M width, K = 2S+1 shifts. For the
 // controller's gates H is the hidden size.
 // A memory is location-minor, [B, M, N]: seen from PyTorch, the transpose of the paper's (B, N, M).
@@ -11,14 +13,16 @@
 
 #include <limits>
 
+#include "core/element.h"
 #include "core/sequence.h"
 
 namespace ntm {
 
 using Error = const char*;
 
-// How to run: the number of CPU threads; or the CUDA device and stream, and room there for the scratch of sizes that
-// shared memory cannot hold. Where needed is not null, nothing runs: the bytes of that room are stored to it.
+// How to run: the number of CPU threads; or the CUDA device and stream, and memory there for the scratch of sizes that
+// shared memory cannot hold. Where needed is not null, nothing runs and the arrays may be null: the bytes of that memory
+// are stored to it. It holds 0 before, so that who needs none leaves it as it is.
 struct Launch {
     int threads = 1;
     int device = 0;
@@ -168,6 +172,58 @@ constexpr bool is_too_large(const SequenceSizes& s, bool backward) {
            Size(8) * (s.I + s.O + s.gates() + s.widest() + s.step.params() + s.step.active()) > most_numbers;
 }
 
+// Which operators belong together. The CUDA backend compiles each family in a file of its own, side by side.
+struct Family {
+    enum : unsigned { stages = 1, addressing = 2, memory = 4, step = 8, sequence = 16 };
+};
+constexpr unsigned with_a_body = ~unsigned(Family::sequence);
+
+template <class T>
+struct NoBody;  // of a whole sequence, for which every backend has its own function
+
+// Every operator: X(its family, its entry in Operators, its body in core/element.h, the names of its parameters after
+// the Launch). A struct's name stands for the names of its members, and comes before each of them if these are pointers:
+// "initial" for initial_memory, initial_read_weights ... The gradient of x is grad_x.
+#define NTM_OPERATORS(X)                                                                                              \
+    X(addressing, content_addressing, ContentAddressing, "B H N M eps memory key beta content")                       \
+    X(addressing, content_addressing_backward, ContentAddressingBackward,                                             \
+      "B H N M eps memory key beta content grad_content grad_memory grad_key grad_beta")                              \
+    X(stages, interpolate, Interpolate, "B H N content previous gate gated")                                          \
+    X(stages, interpolate_backward, InterpolateBackward,                                                              \
+      "B H N content previous gate grad_gated grad_content grad_previous grad_gate")                                  \
+    X(stages, circular_shift, CircularShift, "B H N K weights shift shifted")                                         \
+    X(stages, circular_shift_backward, CircularShiftBackward,                                                         \
+      "B H N K weights shift grad_shifted grad_weights grad_shift")                                                   \
+    X(stages, sharpen, Sharpen, "B H N weights gamma sharpened")                                                      \
+    X(stages, sharpen_backward, SharpenBackward,                                                                      \
+      "B H N weights gamma sharpened grad_sharpened grad_weights grad_gamma")                                         \
+    X(addressing, address, Address, "B H N M K eps memory previous key beta gate shift gamma weights")                \
+    X(addressing, address_backward, AddressBackward,                                                                  \
+      "B H N M K eps memory previous key beta gate shift gamma weights grad_weights "                                 \
+      "grad_memory grad_previous grad_key grad_beta grad_gate grad_shift grad_gamma")                                 \
+    X(memory, erase_add_write, EraseAddWrite, "B H N M memory weights erase add written")                             \
+    X(memory, erase_add_write_backward, EraseAddWriteBackward,                                                        \
+      "B H N M memory weights erase add grad_written grad_memory grad_weights grad_erase grad_add")                   \
+    X(memory, read, Read, "B H N M memory weights reads")                                                             \
+    X(memory, read_backward, ReadBackward, "B H N M memory weights grad_reads grad_memory grad_weights")              \
+    X(step, memory_step, MemoryStep,                                                                                  \
+      "sizes options memory read_weights write_weights params reads new_memory new_read_weights new_write_weights")   \
+    X(step, memory_step_backward, MemoryStepBackward,                                                                 \
+      "sizes options memory read_weights write_weights params new_memory new_read_weights new_write_weights "         \
+      "grad_reads grad_new_memory grad_new_read_weights grad_new_write_weights "                                      \
+      "grad_memory grad_read_weights grad_write_weights grad_params")                                                 \
+    X(stages, lstm_gates, LSTMGates, "B H gates cell hidden new_cell")                                                \
+    X(stages, lstm_gates_backward, LSTMGatesBackward,                                                                 \
+      "B H gates cell new_cell grad_hidden grad_new_cell grad_gates grad_cell")                                       \
+    X(stages, gru_gates, GRUGates, "B H input_gates hidden_gates hidden new_hidden")                                  \
+    X(stages, gru_gates_backward, GRUGatesBackward,                                                                   \
+      "B H input_gates hidden_gates hidden grad_new_hidden grad_input_gates grad_hidden_gates grad_hidden")           \
+    X(sequence, ntm_sequence, NoBody, "sizes options keep weights inputs outputs initial final trail")                \
+    X(sequence, ntm_sequence_backward, NoBody,                                                                        \
+      "sizes options weights initial final_memory trail grad_outputs grad_final grad_initial grad")                   \
+    X(sequence, ntm_sequence_weight_gradients, NoBody,                                                                \
+      "sizes inputs initial trail grad_outputs grad grad_initial sum grad_weights")
+
 // Has a table's entry done by a body of core/element.h, whose members are the entry's parameters: a backend does it
 // with Run::run(body, launch).
 template <class Body, class Run, class... Parameters>
@@ -179,8 +235,20 @@ void serve(Error (*&entry)(Launch, Parameters...)) {
     };
 }
 
+// The same for every operator of these families.
+template <unsigned families, class Run, class T>
+void serve_families(Operators<T>& table) {
+#define NTM_SERVE(family, name, Body, names) \
+    if constexpr (families & Family::family) serve<Body<T>, Run>(table.name);
+    NTM_OPERATORS(NTM_SERVE)
+#undef NTM_SERVE
+}
+
 struct Backend {
     const char* name;  // "baseline", "x86-64-v3", "x86-64-v4", or the CUDA architectures, "80;90;120-virtual"
+    bool takes_ends;   // whether its ntm_sequence multiplies inputs and features too (core/sequence.h)
+    bool bounded;      // whether it runs in memory whose limits sizes can meet: it is to be asked before a call whether
+                       // it can serve them, and for the bytes of workspace
     Operators<float> f32;
     Operators<double> f64;
 };

@@ -35,6 +35,8 @@ struct SequenceSizes {
     Index every;  // a memory is kept before every such step, counted from 0; step 0 has its own
     int shared;   // the initial state is one for all elements: in place of B, its sizes have 1
 
+    static constexpr const char* names = "T B I O L H gru step every shared";
+
     constexpr Index gates() const { return (gru ? 3 : 4) * H; }
     constexpr Index read_size() const { return step.R * step.M; }
     constexpr Index fed(Index layer) const { return layer ? H : read_size(); }
@@ -71,6 +73,8 @@ struct SequenceState {
     T* reads;          // [B, R M]
     T* hidden;         // [L, B, H]
     T* cell;           // [L, B, H]; LSTM
+
+    static constexpr const char* names = "memory read_weights write_weights reads hidden cell";
 };
 
 // Of the Team, what its scratch depends on.
@@ -164,6 +168,9 @@ struct SequenceTrail {
     T* write_weights;  // [T, B, W, N]
     T* memory;         // [(T-1) / every, B, M, N]
     T* active;         // [T, B, active()]  the heads' parameters, active; where the team is not staged
+
+    static constexpr const char* names =
+        "x upper_x y hidden cell params features read_weights write_weights memory active";
 };
 
 // Where a step's activated parameters of element b are left for the backward. A team that is staged leaves none.
@@ -397,6 +404,8 @@ struct SequenceGrads {
     T* upper_x;  // [L-1, T, B, gates]
     T* y;        // [L, T, B, gates]  GRU
     T* params;   // [T, B, P]
+
+    static constexpr const char* names = "x upper_x y params";
 };
 
 // As SequenceFrame, on the way back. The gradients of the gates and of the raw head parameters are worked on aside

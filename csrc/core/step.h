@@ -14,12 +14,17 @@ struct StepOptions {
     int add_tanh = 1;    // add activation: tanh, else identity
     double clip = 20.0;  // raw parameters are clamped to +-clip; infinity switches it off
     double eps = 1e-8;   // added, squared, to the squared norms of the cosine
+
+    // The members, as Python knows them; said by every struct that comes from there.
+    static constexpr const char* names = "read_first key_tanh add_tanh clip eps";
 };
 
 // R read and W write heads, N locations, M width, K = 2S+1 shifts.
 struct StepSizes {
     Size B;
     Index R, W, N, M, K;
+
+    static constexpr const char* names = "B R W N M K";
 
     // Raw parameters of one head, and of one element: read heads, write heads, then e and a of every write head.
     constexpr Index head() const { return M + K + 3; }

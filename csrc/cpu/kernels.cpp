@@ -85,6 +85,7 @@ Error parallel(Size items, Size cost, Size scratch, const Launch& launch, F f) {
 struct OnThreads {
     template <class Body, class T = typename Body::Real>
     static Error run(const Body& body, const Launch& launch) {
+        if (launch.needed) return nullptr;
         return parallel<T>(body.items(), body.cost(), body.scratch(false), launch,
                            [=](auto team, Size i, T* scratch) { body(team, i, Arena<T>{scratch}); });
     }
@@ -212,6 +213,7 @@ Error ntm_sequence(Launch launch, SequenceSizes s, StepOptions o, int keep, cons
                    const T* inputs, T* outputs, SequenceState<const T> initial, SequenceState<T> final,
                    SequenceTrail<T> trail) {
     if (is_too_large(s, false)) return too_large;
+    if (launch.needed) return nullptr;
     const PackedSequence<T> packed(s, weights, false);
     if (!packed.storage.get()) return out_of_memory;
     const Size E = std::min(s.B, sequence_tile<T>(s, forward_memories));
@@ -227,6 +229,7 @@ Error ntm_sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const
                             const T* grad_outputs, SequenceState<const T> grad_final, SequenceState<T> grad,
                             SequenceGrads<T> out) {
     if (is_too_large(s, true)) return too_large;
+    if (launch.needed) return nullptr;
     const PackedSequence<T> packed(s, weights, true);
     if (!packed.storage.get()) return out_of_memory;
     const Size E = std::min(s.B, sequence_tile<T>(s, backward_memories));
@@ -245,6 +248,8 @@ Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const T* inp
                                     SequenceTrail<const T> trail, const T* grad_outputs,
                                     SequenceGrads<const T> grads, SequenceState<const T> grad, SequenceState<T> sum,
                                     T* const* grad_weights) {
+    if (is_too_large(s, true)) return too_large;
+    if (launch.needed) return nullptr;
     const Size B = s.B, H = s.H, G = s.gates(), F = s.read_size(), P = s.step.params(), O = s.O, rows = s.T * B;
     const Size shares = launch.threads;
     auto first_of = [=](Size outputs, Size share) {
@@ -333,33 +338,14 @@ Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const T* inp
 template <class T>
 Operators<T> operators() {
     Operators<T> table{};
-    serve<ContentAddressing<T>, OnThreads>(table.content_addressing);
-    serve<ContentAddressingBackward<T>, OnThreads>(table.content_addressing_backward);
-    serve<Interpolate<T>, OnThreads>(table.interpolate);
-    serve<InterpolateBackward<T>, OnThreads>(table.interpolate_backward);
-    serve<CircularShift<T>, OnThreads>(table.circular_shift);
-    serve<CircularShiftBackward<T>, OnThreads>(table.circular_shift_backward);
-    serve<Sharpen<T>, OnThreads>(table.sharpen);
-    serve<SharpenBackward<T>, OnThreads>(table.sharpen_backward);
-    serve<Address<T>, OnThreads>(table.address);
-    serve<AddressBackward<T>, OnThreads>(table.address_backward);
-    serve<EraseAddWrite<T>, OnThreads>(table.erase_add_write);
-    serve<EraseAddWriteBackward<T>, OnThreads>(table.erase_add_write_backward);
-    serve<Read<T>, OnThreads>(table.read);
-    serve<ReadBackward<T>, OnThreads>(table.read_backward);
-    serve<MemoryStep<T>, OnThreads>(table.memory_step);
-    serve<MemoryStepBackward<T>, OnThreads>(table.memory_step_backward);
-    serve<LSTMGates<T>, OnThreads>(table.lstm_gates);
-    serve<LSTMGatesBackward<T>, OnThreads>(table.lstm_gates_backward);
-    serve<GRUGates<T>, OnThreads>(table.gru_gates);
-    serve<GRUGatesBackward<T>, OnThreads>(table.gru_gates_backward);
+    serve_families<with_a_body, OnThreads>(table);
     table.ntm_sequence = ntm_sequence<T>;
     table.ntm_sequence_backward = ntm_sequence_backward<T>;
     table.ntm_sequence_weight_gradients = ntm_sequence_weight_gradients<T>;
     return table;
 }
 
-const Backend backend = {NTM_VARIANT, operators<float>(), operators<double>()};
+const Backend backend = {NTM_VARIANT, /*takes_ends*/ true, /*bounded*/ false, operators<float>(), operators<double>()};
 
 }  // namespace
 }  // namespace ntm::cpu

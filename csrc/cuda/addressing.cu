@@ -6,10 +6,7 @@ namespace ntm::cuda {
 
 template <class T>
 void serve_addressing(Operators<T>& table) {
-    serve<ContentAddressing<T>, OnDevice>(table.content_addressing);
-    serve<ContentAddressingBackward<T>, OnDevice>(table.content_addressing_backward);
-    serve<Address<T>, OnDevice>(table.address);
-    serve<AddressBackward<T>, OnDevice>(table.address_backward);
+    serve_families<Family::addressing, OnDevice>(table);
 }
 
 template void serve_addressing(Operators<float>&);

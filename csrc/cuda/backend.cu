@@ -20,7 +20,8 @@ Operators<T> operators() {
     return table;
 }
 
-const Backend backend{NTM_ARCHITECTURES, operators<float>(), operators<double>()};
+const Backend backend{NTM_ARCHITECTURES, /*takes_ends*/ false, /*bounded*/ true, operators<float>(),
+                      operators<double>()};
 
 }  // namespace
 }  // namespace ntm::cuda

@@ -112,7 +112,6 @@ constexpr Kernels kernels<MemoryStepBackward<float>> = {false, true};
 struct OnDevice {
     template <class Body, class T = typename Body::Real>
     static Error run(const Body& body, const Launch& launch) {
-        if (launch.needed) *launch.needed = 0;
         if (body.items() == 0) return nullptr;
         const DeviceGuard guard(launch.device);
         if (guard.status != cudaSuccess) return failure(Body::name, guard.status);

@@ -6,10 +6,7 @@ namespace ntm::cuda {
 
 template <class T>
 void serve_memory(Operators<T>& table) {
-    serve<EraseAddWrite<T>, OnDevice>(table.erase_add_write);
-    serve<EraseAddWriteBackward<T>, OnDevice>(table.erase_add_write_backward);
-    serve<Read<T>, OnDevice>(table.read);
-    serve<ReadBackward<T>, OnDevice>(table.read_backward);
+    serve_families<Family::memory, OnDevice>(table);
 }
 
 template void serve_memory(Operators<float>&);

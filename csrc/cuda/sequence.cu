@@ -177,7 +177,6 @@ private:
 template <class Body, class T = typename Body::Real>
 Error through_time(const Launch& launch, const Body& body, const T* const* raw) {
     const SequenceSizes& s = body.s;
-    if (launch.needed) *launch.needed = 0;
     if (is_too_large(s, Body::backward)) return too_large;
     const DeviceGuard guard(launch.device);
     if (guard.status != cudaSuccess) return failure(Body::name, guard.status);

@@ -1,4 +1,4 @@
-// Each fills its part of the table, in a file of its own name.
+// Each has the operators of one family served, in the file of the family's name.
 #pragma once
 
 #include "operators.h"

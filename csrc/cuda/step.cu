@@ -6,8 +6,7 @@ namespace ntm::cuda {
 
 template <class T>
 void serve_step(Operators<T>& table) {
-    serve<MemoryStep<T>, OnDevice>(table.memory_step);
-    serve<MemoryStepBackward<T>, OnDevice>(table.memory_step_backward);
+    serve_families<Family::step, OnDevice>(table);
 }
 
 template void serve_step(Operators<float>&);
