@@ -159,7 +159,7 @@ def _cuda() -> _Part:
         backend = _load("ntm_cuda.so")
     except _Missing as missing:
         return _Part(None, None, str(missing))
-    name = extension.name(backend)
+    name = extension.describe(backend)["name"]
     if torch.version.cuda is None:
         reason = f"this torch ({torch.__version__}) has no CUDA"
     else:
@@ -220,28 +220,28 @@ def call(operator: str, like: torch.Tensor, *values: Any) -> None:
         launch = (torch.get_num_threads(), 0, 0)
     if part.reason is not None:
         raise RuntimeError(f"ntm_fast: no native {operator} on {like.device.type}: {part.reason}")
-    function, is_double = getattr(_extension(), operator), like.dtype is torch.float64
+    extension, is_double = _extension(), like.dtype is torch.float64
     workspace = 0
     if part.cuda:
-        needed = ctypes.c_int64()
-        function(part.id, is_double, *launch, 0, ctypes.addressof(needed), *values)
-        if needed.value:  # given back on return: to what is queued behind, on this stream
-            room = like.new_empty(needed.value, dtype=torch.uint8)
+        scalars = values[: len(extension.signature(operator)[0])]
+        needed = getattr(extension, f"{operator}_workspace")(part.id, is_double, launch[1], *scalars)
+        if needed:  # given back on return: to what is queued behind, on this stream
+            room = like.new_empty(needed, dtype=torch.uint8)
             workspace = room.data_ptr()
-    function(part.id, is_double, *launch, workspace, 0, *values)
+    getattr(extension, operator)(part.id, is_double, *launch, workspace, *values)
 
 
-def refusal(operator: str, device_type: str, index: int | None, is_double: bool, *values: Any) -> str | None:
+def refusal(operator: str, device_type: str, index: int | None, is_double: bool, *scalars: Any) -> str | None:
     """Why the CUDA device cannot run a native operator of these sizes, asked without running it; None when it can.
 
-    ``values`` as for :func:`call`, with 0 for the addresses.
+    ``scalars``: the sizes and options, as for :func:`call`.
     """
-    key = (operator, device_type, index, is_double, *values)
+    key = (operator, device_type, index, is_double, *scalars)
     if key not in _refusals:
-        function, needed = getattr(_extension(), operator), ctypes.c_int64()
+        workspace = getattr(_extension(), f"{operator}_workspace")
         _refusals[key] = None
         try:
-            function(_PARTS[device_type]().id, is_double, 0, index or 0, 0, 0, ctypes.addressof(needed), *values)
+            workspace(_PARTS[device_type]().id, is_double, index or 0, *scalars)
         except RuntimeError as error:
             if _DEVICE_FAILED in str(error):  # which says nothing of the sizes
                 del _refusals[key]

@@ -60,11 +60,8 @@ def why_no_room(
     controller, L, H, (N, M), (R, W), shift_range = machine()
     sizes = 1, 1, 1, 1, L, H, controller == "gru", 1, R, W, N, M, 2 * shift_range + 1, 1, 0
     options = _native.step_scalars(False, "tanh", "tanh", None, 1.0)
-    if backward:
-        name, values = "ntm_sequence_backward", [0] * (1 + 6 + 1 + 11 + 1 + 6 + 6 + 4)
-    else:
-        name, values = "ntm_sequence", [0] * (1 + 1 + 1 + 1 + 6 + 6 + 11)
-    return _native.refusal(name, device.type, device.index, dtype is torch.float64, *sizes, *options, *values)
+    name, keep = ("ntm_sequence_backward", ()) if backward else ("ntm_sequence", (False,))
+    return _native.refusal(name, device.type, device.index, dtype is torch.float64, *sizes, *options, *keep)
 
 
 class Options(NamedTuple):

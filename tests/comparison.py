@@ -61,9 +61,7 @@ class _Recorder:
             return function
 
         def call(backend: int, *args: Any) -> None:
-            needed = args[5]  # after is_double and the rest of Launch
-            if not needed:  # else it only asks how much room it needs
-                self._calls.append((name, self._binding.name(backend)))
+            self._calls.append((name, self._binding.describe(backend)["name"]))
             function(backend, *args)
 
         return call

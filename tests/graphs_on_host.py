@@ -96,9 +96,7 @@ class _NotingBinding:
         function = getattr(self._binding, name)
 
         def call(backend: int, is_double: bool, *arguments: Any) -> None:
-            *_, needed = arguments[:5]  # after threads, device, stream and workspace
-            if not needed:  # else it only asks how much room it needs
-                self._operations.append(lambda: function(backend, is_double, *arguments))
+            self._operations.append(lambda: function(backend, is_double, *arguments))
             function(backend, is_double, *arguments)
 
         return call if name.removesuffix("_backward") in NATIVE else function

@@ -212,10 +212,10 @@ def test_errors_of_the_binding():
         extension.load("/no/such/library.so")
     with pytest.raises(IndexError, match="1000"):
         extension.interpolate(1000, False)
-    with pytest.raises(TypeError, match="takes 12 values"):
+    with pytest.raises(TypeError, match="takes 11 values"):
         extension.interpolate(backend, False, 1, 1, 8)
     with pytest.raises(TypeError):
-        extension.interpolate(backend, False, "1", 1, 8, 0, 0, 0, 0, 1, 0, 0)
+        extension.interpolate(backend, False, "1", 1, 8, 0, 0, 0, 0, 1, 0)
     with pytest.raises(ValueError, match="reed"):
         extension.serves(backend, False, "reed")
 

@@ -884,7 +884,7 @@ def test_a_failing_device_is_not_taken_for_a_refusal(monkeypatch) -> None:
 
     class Extension:
         @staticmethod
-        def ntm_sequence(*values) -> None:
+        def ntm_sequence_workspace(*values) -> None:
             if answer := answers.pop(0):
                 raise RuntimeError(answer)
 
