@@ -77,7 +77,8 @@ struct Given {
             return static_cast<T>(PyFloat_AsDouble(*values++));
         } else {
             const long long value = PyLong_AsLongLong(*values++);
-            if (value != static_cast<T>(value)) PyErr_Format(PyExc_OverflowError, "%lld is too large a size", value);
+            if (value != static_cast<long long>(static_cast<T>(value)))
+                PyErr_Format(PyExc_OverflowError, "%lld is too large a size", value);
             return static_cast<T>(value);
         }
     }

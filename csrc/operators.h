@@ -20,9 +20,9 @@ namespace ntm {
 
 using Error = const char*;
 
-// How to run: the number of CPU threads; or the CUDA device and stream, and memory there for the scratch of sizes that
-// shared memory cannot hold. Where needed is not null, nothing runs and the arrays may be null: the bytes of that memory
-// are stored to it. It holds 0 before, so that who needs none leaves it as it is.
+// How to run: the number of CPU threads; or the CUDA device and stream, and a workspace there, for what does not fit in
+// shared memory. Where needed is not null, nothing runs and the arrays may be null: the workspace's bytes are stored to
+// it. It holds 0 before, so an operator that needs no workspace leaves it as it is.
 struct Launch {
     int threads = 1;
     int device = 0;
@@ -182,8 +182,8 @@ template <class T>
 struct NoBody;  // of a whole sequence, for which every backend has its own function
 
 // Every operator: X(its family, its entry in Operators, its body in core/element.h, the names of its parameters after
-// the Launch). A struct's name stands for the names of its members, and comes before each of them if these are pointers:
-// "initial" for initial_memory, initial_read_weights ... The gradient of x is grad_x.
+// the Launch). A struct's name stands for the names of its members. Where these are pointers, it comes before each of
+// them: "initial" for initial_memory, initial_read_weights ... The gradient of x is grad_x.
 #define NTM_OPERATORS(X)                                                                                              \
     X(addressing, content_addressing, ContentAddressing, "B H N M eps memory key beta content")                       \
     X(addressing, content_addressing_backward, ContentAddressingBackward,                                             \

@@ -1,0 +1,81 @@
+// The weights of a sequence, packed for its products.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "core/sequence.h"
+#include "cpu/parallel.h"
+#include "cpu/product.h"
+
+namespace ntm::cpu {
+namespace {
+
+// One that multiplies: packed or, where it is used only once, as it is stored, in columns side by side
+template <class T>
+struct SequenceWeight {
+    const T* packed;
+    std::array<Columns<T>, 2> stored;
+};
+
+// The weights of a whole sequence, for one direction, and its biases. All are packed but for one step of one element.
+template <class T>
+struct PackedSequence {
+    const Scratch<T, 1> storage;
+    std::vector<LayerWeights<T, SequenceWeight<T>>> layers;
+    SequenceWeights<T, SequenceWeight<T>> weights;
+
+    static Size size(Size inputs, Size outputs, bool backward) {
+        return backward ? packed_size<T>(outputs, inputs) : packed_size<T>(inputs, outputs);
+    }
+    static Size size(const SequenceSizes& s, bool backward) {
+        const Size G = s.gates();
+        Size total = room(size(s.H, s.step.params(), backward), size(s.features(), s.O, backward));
+        for (Size l = 0; l < s.L; ++l) {
+            const Size fed = (backward || l ? 0 : s.I) + s.fed(l);
+            total += s.gru ? room(size(fed, G, backward), size(s.H, G, backward))
+                           : room(size(fed + s.H, G, backward), G);
+        }
+        return total;
+    }
+
+    PackedSequence(const SequenceSizes& s, const T* const* raw, bool backward) : storage(size(s, backward)) {
+        if (!storage.get()) return;
+        const Size G = s.gates(), P = s.step.params();
+        Arena<T> arena{storage.get()};
+        auto take = [&](Size outputs, Columns<T> left, Columns<T> right = {}) -> SequenceWeight<T> {
+            const std::array<Columns<T>, 2> stored = {left, right};
+            if (!backward && s.T * s.B == 1) return {nullptr, stored};
+            const Size inputs = left.count + right.count;
+            T* packed = arena.take(size(inputs, outputs, backward));
+            Size first = 0;
+            for (const auto& [weight, stride, count] : stored) {
+                if (backward)
+                    pack(outputs, count, weight, stride, first, packed);
+                else
+                    pack_transposed(outputs, count, weight, stride, inputs, first, packed);
+                first += count;
+            }
+            if (backward) pad(outputs, inputs, packed);
+            return {packed, stored};
+        };
+        for (Size l = 0; l < s.L; ++l, raw += 4) {
+            const Size I = l ? 0 : s.I, skipped = backward ? I : 0;
+            const Columns<T> fed = {raw[0] + skipped, I + s.fed(l), I - skipped + s.fed(l)};
+            const Columns<T> hidden = {raw[1], s.H, s.H};
+            if (s.gru) {
+                const SequenceWeight<T> own = take(G, fed);
+                layers.push_back({own, take(G, hidden), raw[2], raw[3]});
+            } else {
+                T* bias = arena.take(G);
+                for (Size i = 0; i < G; ++i) bias[i] = raw[2][i] + raw[3][i];
+                layers.push_back({take(G, fed, hidden), {}, bias, nullptr});
+            }
+        }
+        const SequenceWeight<T> heads = take(P, {raw[0], s.H, s.H});
+        weights = {layers.data(), heads, raw[1], take(s.O, {raw[2], s.features(), s.features()}), raw[3]};
+    }
+};
+
+}  // namespace
+}  // namespace ntm::cpu
