@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
-from comparison import BACKENDS, KERNELS, Backend, usable
+from helpers.backends import BACKENDS, KERNELS, Backend, usable
+from helpers.machines import skip_without_sequence
 
 from ntm_fast import graphs
 
@@ -17,6 +20,16 @@ def backend(request, monkeypatch) -> Backend:
 def kernels(request, monkeypatch) -> Backend:
     """Every build of every native backend in turn."""
     return usable(request.param, monkeypatch)
+
+
+@pytest.fixture
+def made_on_the_backend(request):
+    """Modules and tensors are made on the backend's device, and engines that it does not have are skipped."""
+    device = request.getfixturevalue("backend").device if "backend" in request.fixturenames else "cpu"
+    if device != "cpu" and "sequence" in request.node.callspec.params.values():
+        skip_without_sequence(device)
+    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
 // The CPU's elementary functions against double over the whole range of float, and the tiles' behaviour at the ends
-// of arrays. Prints one line per failure; exits with their number. Compiled and run by tests/test_native_core.py.
+// of arrays. Prints one line per failure; exits with their number. Compiled and run by tests/native/test_core.py.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

@@ -8,7 +8,8 @@ import pytest
 
 from ntm_fast import _native
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
 # As in CMakeLists.txt: the answers depend on what the compiler may do with floating point.
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"]
 VARIANTS = {"baseline": (1, []), "x86-64-v3": (3, ["-march=x86-64-v3"]), "x86-64-v4": (4, ["-march=x86-64-v4"])}
@@ -18,8 +19,8 @@ def compile_and_run(name: str, folder: Path, flags: list[str]) -> None:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    program, source = folder / name, ROOT / "tests" / "native" / f"{name}.cpp"
-    build = [compiler, *FLAGS, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
+    program, source = folder / name, HERE / f"{name}.cpp"
+    build = [compiler, *FLAGS, *flags, f"-I{CSRC}", str(source), "-o", str(program)]
     subprocess.run(build, check=True, timeout=120)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout

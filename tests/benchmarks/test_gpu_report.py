@@ -18,7 +18,7 @@ import torch
 import ntm_fast
 from ntm_fast import reference
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # its modules import each other by name, as scripts do
 
 import gpu_bench  # noqa: E402

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from comparison import required
+from helpers.backends import required
 
 from ntm_fast import ops
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its modules import each other by name, as scripts do
 
 import kernel_report  # noqa: E402

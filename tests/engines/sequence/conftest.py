@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.utils.deterministic
+from helpers import sequences
+from helpers.backends import BACKENDS, CUDA_ON_HOST, Backend, usable
+from helpers.sequences import Poison
+
+from ntm_fast import sequence
+
+
+@pytest.fixture(params=[*BACKENDS, CUDA_ON_HOST], ids=lambda backend: backend.name)
+def backend(request, monkeypatch) -> Backend:
+    """The torch side too, for it tells kernels of both kinds apart: those of CUDA may ask for a workspace."""
+    return usable(request.param, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _on_its_device(request, monkeypatch) -> None:
+    for name in {"kernels", "backend"} & set(request.fixturenames):
+        monkeypatch.setattr(sequences, "DEVICE", request.getfixturevalue(name).device)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fresh memory is full of NaN, of the sequence's kernels between guards besides."""
+    poison = Poison()
+    monkeypatch.setattr(sequence, "_empty", poison.empty)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would refuse
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield poison
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,91 @@
+"""Which engine serves, and what is said where a forced one cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.machines import CONTROLLERS, SERVED, make, skip_without_sequence, some
+
+from ntm_fast import FastNTM, NTMCell, ops, recurrence, sequence
+
+pytestmark = pytest.mark.usefixtures("made_on_the_backend")
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_auto_takes_the_fastest_engine_that_serves(backend, controller: str) -> None:
+    inputs = some(2, 2, 3, dtype=torch.float32)
+    auto = make(engine="auto", dtype=torch.float32, controller=controller)
+    sequence = backend.device == "cpu" and controller != "feedforward"
+    gates = [] if controller == "feedforward" else [f"{controller}_gates"]
+    forward = ["ntm_sequence"] if sequence else [*gates, "memory_step"] * 2
+    backward = ["memory_step_backward", *(f"{g}_backward" for g in gates)] * 2
+    backward = ["ntm_sequence_backward"] if sequence else backward
+    with backend.serves(*forward), torch.no_grad():
+        auto(inputs)
+    with backend.serves(*forward, *backward):
+        auto(inputs)[0].sum().backward()
+    with backend.serves(), torch.no_grad():
+        make(engine="reference", dtype=torch.float32, controller=controller)(inputs)
+    with backend.serves(*[*gates, "memory_step"] * 2), torch.no_grad():
+        make(engine="step", dtype=torch.float32, controller=controller)(inputs)
+
+
+@pytest.mark.parametrize("engine", SERVED)
+def test_a_forced_engine_that_cannot_serve_says_why(engine: str) -> None:
+    ntm = make(engine=engine, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=f"{engine}.*bfloat16"):
+        ntm(some(2, 2, 3, dtype=torch.bfloat16))
+    outputs, _ = make(engine="auto", dtype=torch.bfloat16)(some(2, 2, 3, dtype=torch.bfloat16))
+    assert outputs.dtype is torch.bfloat16 and outputs.isfinite().all()
+
+
+def test_the_sequence_engine_refuses_a_feedforward_controller(backend) -> None:
+    skip_without_sequence(backend.device)
+    for cls, inputs in ((FastNTM, some(2, 2, 3)), (NTMCell, some(2, 3))):
+        with pytest.raises(RuntimeError, match="engine='sequence' cannot serve.*LSTM and GRU, not feedforward"):
+            make(cls, engine="sequence", controller="feedforward")(inputs)
+
+
+def test_auto_takes_large_controllers_in_steps_on_cuda(monkeypatch) -> None:
+    """As if CUDA had all kernels: the choice alone, on tensors without storage."""
+
+    class Weight:
+        device, dtype = torch.device("cuda", 0), torch.float32
+
+    def chosen(engine: str = "auto", device: str = "cuda", **options: Any) -> str:
+        ntm = FastNTM(3, 4, engine=engine, device="meta", **options)
+        weight = Weight()
+        weight.device = torch.device(device)
+        return ntm._choose_engine(weight)
+
+    monkeypatch.setattr(ops, "why_not_native", lambda *_: None)
+    monkeypatch.setattr(sequence, "why_no_room", lambda *_: None)
+    limit = ops.LARGEST_HIDDEN
+    assert chosen(hidden_size=limit) == "sequence" and chosen(hidden_size=limit + 1) == "step"
+    assert chosen(hidden_size=limit, controller="feedforward") == "step"
+    assert chosen(hidden_size=4 * limit, device="cpu") == "sequence"
+    assert chosen("sequence", hidden_size=4 * limit) == "sequence" and chosen("step", hidden_size=8) == "step"
+    with monkeypatch.context() as patch:
+        patch.setattr(recurrence, "can_serve", lambda device_type: False)  # autocast, torch.compile: no graphs then
+        assert chosen(hidden_size=4 * limit) == "sequence"
+    monkeypatch.setattr(ops, "why_not_native", lambda *args: "no such kernel" if "ntm_sequence" in args else None)
+    assert chosen(hidden_size=8) == "step"
+    assert f"of more than {limit}" in FastNTM.__doc__
+
+
+def test_compiled_code_is_not_unrolled_for_it(backend, monkeypatch) -> None:
+    """torch.compile cannot capture steps into graphs of ours: there it stays with one operator for all of them."""
+    if reason := ops.why_not_native(torch.device(backend.device), torch.float32, "ntm_sequence"):
+        pytest.skip(reason)
+    monkeypatch.setattr(ops, "faster_in_steps", lambda *_: True)
+    ntm, inputs = make(engine="auto", dtype=torch.float32), some(3, 2, 3, dtype=torch.float32)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        with backend.serves(*["lstm_gates", "memory_step"] * 3):
+            ntm(inputs)
+        compiled = torch.compile(ntm, backend="aot_eager", fullgraph=True)
+        with backend.serves("ntm_sequence"):
+            compiled(inputs)
+    torch._dynamo.reset()

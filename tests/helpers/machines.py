@@ -1,0 +1,48 @@
+"""Small machines whose parameters are far from their initial values, and what they are given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ntm_fast import FastNTM, NTMState, ops
+
+CONTROLLERS = ("lstm", "gru", "feedforward")
+SERVED = {"step": CONTROLLERS, "sequence": ("lstm", "gru")}  # by the native engines
+ENGINE_CONTROLLERS = [(engine, controller) for engine, controllers in SERVED.items() for controller in controllers]
+SIZES = dict(
+    input_size=3, output_size=4, hidden_size=5, memory_locations=7, memory_width=2, read_heads=2, write_heads=2
+)
+# Sums in another order, over 10 steps.
+CLOSE = dict(rtol=1e-10, atol=1e-12)
+
+
+def make(cls=FastNTM, engine: str = "reference", dtype: torch.dtype = torch.float64, **options):
+    """Parameters far from their initial values, so that whatever is mixed up shows."""
+    module = cls(**{**SIZES, "engine": engine, "dtype": dtype, **options})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            tensor.copy_(0.7 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu"))
+    return module
+
+
+def some(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(torch.get_default_device(), dtype)
+
+
+def skip_without_sequence(device: str) -> None:
+    if reason := ops.why_not_native(torch.device(device), torch.float64, "ntm_sequence"):
+        pytest.skip(reason)
+
+
+def flat(state: NTMState) -> list[Tensor]:
+    return [*state[:4], *state.controller]
+
+
+def assert_states_close(a: NTMState, b: NTMState, **tolerance) -> None:
+    assert type(a) is type(b) is NTMState
+    torch.testing.assert_close(flat(a), flat(b), **tolerance)
