@@ -1,6 +1,7 @@
 """Compiles csrc/cuda with g++: as a backend to load, and with a program around it, plain or with sanitizers.
 
 What is built lies in build/cuda_on_host, and is used again as long as neither sources nor flags nor compiler change.
+When several pytest workers want the same, one of them builds it and the others wait.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from filelock import FileLock
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
@@ -22,7 +25,15 @@ BUILT = ROOT / "build" / "cuda_on_host"
 
 SOURCES = (".h", ".cpp", ".cu")
 # -O1: everything is inlined, and more takes minutes. No contraction: every kind gives the same bits.
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{HERE}"]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+]
 KINDS = {
     "plain": [],
     # What is left out costs minutes on code as inlined as this.
@@ -77,10 +88,17 @@ def _compiled(sources: tuple[Path, ...], product: str, kind: str, csrc: Path, di
     if result.exists():
         return result
     result.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{result}.lock"):
+        if not result.exists():
+            _build(sources, result, kind, csrc)
+    return result
+
+
+def _build(sources: tuple[Path, ...], result: Path, kind: str, csrc: Path) -> None:
     for stale in BUILT.iterdir():  # of other sources; what is young may still be in use
-        if stale.name != digest and time.time() - stale.stat().st_mtime > 24 * 3600:
+        if stale != result.parents[1] and time.time() - stale.stat().st_mtime > 24 * 3600:
             shutil.rmtree(stale, ignore_errors=True)
-    backend = product.endswith(".so")
+    backend = result.suffix == ".so"
     # A program names the kernels it launches.
     visibility = ["-fvisibility=hidden"] if backend else []
     linked = ["-shared", f"-Wl,--version-script={csrc / 'exports.map'}"] if backend else ["-rdynamic", "-ldl"]
@@ -90,11 +108,11 @@ def _compiled(sources: tuple[Path, ...], product: str, kind: str, csrc: Path, di
             target = str(Path(folder, f"{source.name}.o"))
             # The scheduler switches stacks behind the sanitizers' back, and tells them so.
             flags = ["-O2"] if source.name == "scheduler.cpp" else KINDS[kind]
-            _run("g++", *FLAGS, *flags, *visibility, f"-I{csrc}", "-x", "c++", "-c", source, "-o", target)
+            _run("g++", *FLAGS, *flags, *visibility, f"-I{HERE}", f"-I{csrc}", "-x", "c++", "-c", source, "-o", target)
             return target
 
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, (*sources, HERE / "scheduler.cpp")))
-        _run("g++", *KINDS[kind], *objects, *linked, "-o", Path(folder, product))
-        os.replace(Path(folder, product), result)  # whole, whoever else builds it
-    return result
+        largest_first = sorted((*sources, HERE / "scheduler.cpp"), key=lambda source: -source.stat().st_size)
+        with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            objects = list(pool.map(compile_one, largest_first))
+        _run("g++", *KINDS[kind], *objects, *linked, "-o", Path(folder, result.name))
+        os.replace(Path(folder, result.name), result)  # it is there only when it is whole

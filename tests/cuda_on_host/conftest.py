@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from pathlib import Path
 from typing import Callable
 
@@ -9,12 +11,13 @@ import pytest
 import torch
 from cuda_on_host import build, plant
 from cuda_on_host.replay import Recorder, need
+from filelock import FileLock
 from helpers import sequences
 from helpers.backends import CUDA_ON_HOST
 from helpers.cases import OPERATORS, Case
 from helpers.comparison import check
-
-from ntm_fast import _native
+from helpers.native_calls import intercept
+from helpers.poison import Poison
 
 MANY = dict(B=25, N=45, M=7, H=2, R=1, W=2, S=1)  # a warp each, four of them in a block
 FEW = dict(B=5, N=70, M=9, H=2, R=2, W=2, S=2)  # a block each, of three warps
@@ -38,39 +41,54 @@ CASES = [
 
 
 @pytest.fixture(scope="session")
-def recorded(tmp_path_factory) -> dict[str, Path]:
-    """For every operator, the file with its calls. What they gave has been compared with the reference."""
-    need("plain")
-    folder = tmp_path_factory.mktemp("calls")
-    files = {op: folder / op for op in OPERATORS}
-    for op, path in files.items():
-        with pytest.MonkeyPatch.context() as patch:
-            CUDA_ON_HOST.activate(patch)
-            patch.setattr(_native, "call", Recorder(path))
-            for sizes, dtype, shared in CASES:
-                patch.setenv("NTM_HOST_SHARED", str(shared))
-                for options in ({}, READ_FIRST) if op == "memory_step" else ({},):
-                    check(Case(op, dtype=dtype, **sizes, **options), CUDA_ON_HOST)
-    return files
+def calls(tmp_path_factory) -> Path:
+    """A folder for recorded calls, one for all pytest workers."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "calls"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def record(path: Path, make: Callable[[pytest.MonkeyPatch], None]) -> Path:
+    """The path, when the calls that ``make`` makes are recorded there. The first worker that needs them makes them."""
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            part = path.with_suffix(".part")
+            with pytest.MonkeyPatch.context() as patch:
+                CUDA_ON_HOST.activate(patch)
+                intercept(patch, Recorder(part))
+                make(patch)
+            part.rename(path)
+    return path
 
 
 @pytest.fixture(scope="session")
-def recorded_sequences(tmp_path_factory) -> list[Path]:
+def recorded(calls) -> dict[str, Path]:
+    """For every operator, the file with its calls. What they gave has been compared with the reference."""
+    need("plain")
+
+    def check_all(op: str, patch: pytest.MonkeyPatch) -> None:
+        for sizes, dtype, shared in CASES:
+            patch.setenv("NTM_HOST_SHARED", str(shared))
+            for options in ({}, READ_FIRST) if op == "memory_step" else ({},):
+                check(Case(op, dtype=dtype, **sizes, **options), CUDA_ON_HOST)
+
+    return {op: record(calls / op, functools.partial(check_all, op)) for op in OPERATORS}
+
+
+@pytest.fixture(scope="session")
+def recorded_sequences(calls) -> list[Path]:
     """The same of whole sequences: for each case a file of three calls, forward, back, and forward keeping nothing."""
     need("plain")
-    folder = tmp_path_factory.mktemp("calls")
-    paths = []
-    for index, (sizes, dtype, shared) in enumerate(SEQUENCE_CASES):
-        paths.append(folder / str(index))
-        with pytest.MonkeyPatch.context() as patch:
-            CUDA_ON_HOST.activate(patch)
-            patch.setattr(_native, "call", Recorder(paths[-1]))
-            patch.setenv("NTM_HOST_SHARED", str(shared))
-            case = sequences.Case(dtype=dtype, **sizes)
-            sequences.check(case, CUDA_ON_HOST, sequences.Poison())
-            with torch.no_grad():
-                case.module("sequence")(case.inputs(), case.state())
-    return paths
+
+    def check_one(case: sequences.Case, shared: int, patch: pytest.MonkeyPatch) -> None:
+        patch.setenv("NTM_HOST_SHARED", str(shared))
+        sequences.check(case, CUDA_ON_HOST, Poison())
+        with torch.no_grad():
+            case.module("sequence")(case.inputs(), case.state())
+
+    cases = [(sequences.Case(dtype=dtype, **sizes), shared) for sizes, dtype, shared in SEQUENCE_CASES]
+    return [record(calls / f"{i}", functools.partial(check_one, *case)) for i, case in enumerate(cases)]
 
 
 @pytest.fixture(scope="session")

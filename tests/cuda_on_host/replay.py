@@ -8,14 +8,14 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import pytest
 import torch
 from cuda_on_host import build, plant
 from helpers.backends import required
 
-from ntm_fast import _native, ops
+from ntm_fast import ops
 
 
 def need(kind: str) -> None:
@@ -34,17 +34,17 @@ def run(*command: str | Path, **environment: str) -> tuple[int, str]:
 
 
 class Recorder:
-    """Stands in for ``_native.call`` and writes the calls as replay.cpp reads them."""
+    """Makes native calls and writes them as replay.cpp reads them."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.call = path, _native.call
+        self.path = path
 
-    def __call__(self, name: str, like: torch.Tensor, *values) -> None:
+    def __call__(self, call: Callable, name: str, like: torch.Tensor, *values) -> None:
         find = sequence_arrays if name.startswith("ntm_sequence") else operator_arrays
         scalars, arrays = find(name, values)
         arrays = [(role, address, like.element_size() * count) for role, count, address in arrays]
         before = [ctypes.string_at(*place) if role != "out" else b"" for role, *place in arrays]
-        self.call(name, like, *values)
+        call(name, like, *values)
         # What comes in shall stay; what goes out may be recorded at the same place, if the trail was good for one use.
         after = [was if role == "in" else ctypes.string_at(*place) for was, (role, *place) in zip(before, arrays)]
         words = [name, os.environ["NTM_HOST_SHARED"], int(like.dtype is torch.float64), len(scalars)]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+from typing import Any, Callable
 
 import pytest
 import torch
 import torch.utils.deterministic
 from helpers.machines import CLOSE, CONTROLLERS, ENGINE_CONTROLLERS, SERVED, flat, make, some
+from helpers.native_calls import intercept
 from torch import Tensor
 
 import ntm_fast
-from ntm_fast import NTMState, _native
+from ntm_fast import NTMState
 
 pytestmark = pytest.mark.usefixtures("made_on_the_backend")
 
@@ -78,15 +80,14 @@ def test_engines_over_few_steps(backend, engine: str, controller: str, steps: in
 def test_planted_faults_in_the_engines_are_found(backend, monkeypatch, engine: str, name: str) -> None:
     if backend.device != "cpu":
         pytest.skip("the fault is planted through a pointer to the host's memory")
-    right = _native.call
 
-    def wrong(called: str, like: Tensor, *values) -> None:
-        right(called, like, *values)
+    def wrong(call: Callable, called: str, like: Tensor, *values: Any) -> None:
+        call(called, like, *values)
         if called == name:  # the first number of an output, by a millionth
             number = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}[like.dtype]
             number.from_address(values[-24 if called == "ntm_sequence" else -1]).value *= 1 + 1e-6
 
-    monkeypatch.setattr(_native, "call", wrong)
+    intercept(monkeypatch, wrong)
     with pytest.raises(AssertionError):
         _check_engines(engine, {})
 

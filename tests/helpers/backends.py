@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from typing import Any
 
 import pytest
 import torch
 from cuda_on_host import build
 
 import ntm_fast
+from helpers import native_calls
 from helpers.cases import OPERATORS
 from ntm_fast import _native
 
@@ -38,33 +38,10 @@ class Backend:
     @contextlib.contextmanager
     def serves(self, *expected: str):
         """Within, exactly these native functions are called, in this order, and those of this backend."""
-        calls: list[tuple[str, str]] = []
-        original = _native._extension
-        _native._extension = lambda: _Recorder(original(), calls)
-        try:
+        with native_calls.recorded() as calls:
             yield
-        finally:
-            _native._extension = original
         wanted = [(name, self.kernels()) for name in expected]
         assert calls == wanted, f"{self.name}: the native functions called were {calls}, expected {wanted}"
-
-
-class _Recorder:
-    """The binding, noting which function of which backend is called."""
-
-    def __init__(self, binding: Any, calls: list[tuple[str, str]]) -> None:
-        self._binding, self._calls = binding, calls
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self._binding, name)
-        if name.removesuffix("_backward") not in (*OPERATORS, "ntm_sequence"):
-            return function
-
-        def call(backend: int, *args: Any) -> None:
-            self._calls.append((name, self._binding.describe(backend)["name"]))
-            function(backend, *args)
-
-        return call
 
 
 class CPUVariant(Backend):
@@ -75,22 +52,21 @@ class CPUVariant(Backend):
         self.variant = name
 
     @functools.cached_property
-    def part(self) -> _native._Part:
+    def part(self) -> native_calls.Part:
         for name, file, level in _native._VARIANTS:
             if (
                 name == self.variant
                 and name in _native._build().record["cpu"]
                 and level <= _native._extension().cpu_level()
             ):
-                return _native._Part(_native._load(file), name, None)
-        return _native._Part(None, None, f"the CPU variant {self.variant} was not built or does not run here")
+                return native_calls.Part(_native._load(file), name, None)
+        return native_calls.Part(None, None, f"the CPU variant {self.variant} was not built or does not run here")
 
     def missing(self) -> str | None:
         return super().missing() or self.part.reason
 
     def activate(self, monkeypatch) -> None:
-        monkeypatch.setattr(_native, "_cpu", lambda: self.part)
-        monkeypatch.setitem(_native._PARTS, "cpu", lambda: self.part)
+        native_calls.serve_by(monkeypatch, self.part)
 
     def kernels(self) -> str:
         return self.variant
@@ -103,25 +79,22 @@ class CUDAOnHost(Backend):
         super().__init__("cuda_on_host", "cpu")
 
     @functools.cached_property
-    def part(self) -> _native._Part:
+    def part(self) -> native_calls.Part:
         try:
             _native._extension()
         except _native._Missing as missing:
-            return _native._Part(None, None, str(missing))
+            return native_calls.Part(None, None, str(missing))
         reason = build.missing()
         if reason:
-            return _native._Part(None, None, reason)
+            return native_calls.Part(None, None, reason)
         library = build.compiled(tuple(sorted(build.CSRC.glob("cuda/*.cu"))), "backend.so")
-        return _native._Part(_native._extension().load(str(library)), self.name, None, cuda=True)
+        return native_calls.Part(_native._extension().load(str(library)), self.name, None, cuda=True)
 
     def missing(self) -> str | None:
         return self.part.reason
 
     def activate(self, monkeypatch) -> None:
-        monkeypatch.setattr(_native, "_cpu", lambda: self.part)
-        monkeypatch.setitem(_native._PARTS, "cpu", lambda: self.part)
-        monkeypatch.setattr(_native, "_reasons", {})  # what the CPU's part serves, this one may not
-        monkeypatch.setattr(_native, "_refusals", {})
+        native_calls.serve_by(monkeypatch, self.part)
 
     def kernels(self) -> str:
         return self.name

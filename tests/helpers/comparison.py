@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers.backends import Backend
 from helpers.cases import Case, cast, evaluate
-from helpers.poison import poisoned
+from helpers.poison import poisoned_operators
 from ntm_fast import ops, reference
 
 SWEEP_SEED = int(os.environ.get("NTM_SWEEP_SEED", 0))
@@ -96,7 +96,7 @@ def check(case: Case, backend: Backend) -> None:
     inputs, grads = case.tensors(backend.device)
     before = {name: x.clone() for name, x in {**inputs, **grads}.items()}
     twin = getattr(reference, case.op)
-    with poisoned() as poison:
+    with poisoned_operators() as poison:
         with backend.serves(case.op, f"{case.op}_backward"):
             actual = evaluate(getattr(ops, case.op), inputs, case.keywords(), grads)
         poison.check()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ntm_fast import _native
+from helpers.native_calls import binding_replaced
 
 NAN = 0xFF  # in each of its bytes
 NATIVE = {"memory_step", "lstm_gates", "gru_gates"}  # what the step engine calls
@@ -46,13 +46,12 @@ class HostRecorder:
     def capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         known = set(self.blocks)
         operations: list[Callable[[], None]] = []
-        extension, HostRecorder.recording = _native._extension, True
-        _native._extension = lambda: _NotingBinding(extension(), operations)
+        HostRecorder.recording = True
         try:
-            with _Noting(self, operations):
+            with binding_replaced(lambda binding: _NotingBinding(binding, operations)), _Noting(self, operations):
                 results = work()
         finally:
-            _native._extension, HostRecorder.recording = extension, False
+            HostRecorder.recording = False
         for address in set(self.blocks) - known - self.given:
             self.blocks[address].fill_(NAN)
             self.bytes += self.blocks[address].nbytes

@@ -1,47 +1,81 @@
-"""Fresh outputs full of NaN between guards: what is never written, or written beside, is found."""
+"""Fresh memory full of NaN between guards: a number that is never written, or written outside of its tensor, is found.
+
+Stands in for what ``ops`` and ``sequence`` take their outputs and buffers from.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from typing import Iterator
 
 import torch
 from torch import Tensor
 
-from ntm_fast import ops
+from ntm_fast import ops, sequence
+
+GUARD, SENTINEL = 64, 777.0  # 64 elements keep an allocation's alignment
 
 
 class Poison:
-    """Stands in for ``ops._empty``: fresh outputs are full of NaN, between guards that nobody may touch."""
-
-    GUARD, SENTINEL = 64, 777.0  # 64 elements keep an allocation's alignment
+    """The poisoned tensors handed out since the last check."""
 
     def __init__(self) -> None:
-        self.original = ops._empty
-        self.blocks: list[Tensor] = []
+        self.blocks: list[Tensor] = []  # each a tensor's memory with a guard before and behind it
         self.results: list[Tensor] = []
 
-    def __call__(self, like: Tensor, letters: str, dims: dict[str, int]) -> Tensor:
-        result = self.original(like, letters, dims)
-        if type(like) is not Tensor:  # a fake
-            return result
-        block = like.new_full((result.numel() + 2 * self.GUARD,), self.SENTINEL)
-        block[self.GUARD : self.GUARD + result.numel()] = torch.nan
+    def fresh(self, like: Tensor, shape: tuple[int, ...], stride: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor of NaN, of ``like``'s dtype and device; contiguous where no strides are given."""
+        count = torch.Size(shape).numel()
+        block = like.new_full((count + 2 * GUARD,), SENTINEL)
+        block[GUARD : GUARD + count] = torch.nan
+        result = block[GUARD : GUARD + count].view(shape)
+        if stride is not None:
+            result = like.new_empty(0).set_(block.untyped_storage(), GUARD, shape, stride)
         self.blocks.append(block)
-        self.results.append(like.new_empty(0).set_(block.untyped_storage(), self.GUARD, result.shape, result.stride()))
-        return self.results[-1]
+        self.results.append(result)
+        return result
 
-    def check(self) -> None:
-        for block in self.blocks:
-            guards = torch.cat([block[: self.GUARD], block[-self.GUARD :]])
-            assert bool((guards == self.SENTINEL).all()), "wrote outside of an output"
+    def check(self, *, all_written: bool = False) -> None:
+        """Nobody wrote outside of a tensor; and, if asked for, every number was written."""
+        for index, (block, result) in enumerate(zip(self.blocks, self.results)):
+            what = f"buffer {index}, {tuple(result.shape)}"
+            guards = torch.cat([block[:GUARD], block[-GUARD:]])
+            assert bool((guards == SENTINEL).all()), f"wrote outside of {what}"
+            if all_written:
+                assert not result.isnan().any(), f"{int(result.isnan().sum())} numbers of {what} were never written"
         self.blocks.clear()
+        self.results.clear()
+
+
+_current: list[Poison] = []
+
+
+def handed_out() -> list[Tensor]:
+    """The poisoned outputs of operators since the last check, in the order in which they were taken."""
+    return _current[-1].results
 
 
 @contextlib.contextmanager
-def poisoned():
-    poison = Poison()
-    ops._empty = poison
+def poisoned_operators() -> Iterator[Poison]:
+    """Within, what operators return is made of poison."""
+    poison, right = Poison(), ops._empty
+
+    def empty(like: Tensor, letters: str, dims: dict[str, int]) -> Tensor:
+        result = right(like, letters, dims)
+        fake = type(like) is not Tensor
+        return result if fake else poison.fresh(like, tuple(result.shape), result.stride())
+
+    ops._empty = empty
+    _current.append(poison)
     try:
         yield poison
     finally:
-        ops._empty = poison.original
+        _current.pop()
+        ops._empty = right
+
+
+def poison_sequences(monkeypatch) -> Poison:
+    """From now on, what the sequence engine allocates is made of poison."""
+    poison = Poison()
+    monkeypatch.setattr(sequence, "_empty", poison.fresh)
+    return poison

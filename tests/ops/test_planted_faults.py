@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, Callable
+
 import pytest
 import torch
+from helpers import poison
 from helpers.backends import Backend
 from helpers.cases import OPERATORS, SHAPES, Case
 from helpers.comparison import check
+from helpers.native_calls import intercept
 from torch import Tensor
 
 from ntm_fast import _native, ops
@@ -32,14 +36,13 @@ FAULTS = {
 
 def _expect_found(case: Case, backend: Backend, monkeypatch, fault) -> None:
     """``fault(native function, like)`` runs after each native call; the comparison must say that something is wrong."""
-    real = _native.call
 
-    def call(name: str, like: Tensor, *args) -> None:
-        real(name, like, *args)
+    def wrong(call: Callable, name: str, like: Tensor, *values: Any) -> None:
+        call(name, like, *values)
         fault(name, like)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_native, "call", call)
+        intercept(patch, wrong)
         with pytest.raises(AssertionError):
             check(case, backend)
 
@@ -55,7 +58,7 @@ def test_planted_faults_are_found(backend: Backend, monkeypatch, op: str, fault:
 
             def plant(called: str, like: Tensor, name=name, index=index, count=len(results)) -> None:
                 if called == name:
-                    FAULTS[fault](ops._empty.results[-count:][index])
+                    FAULTS[fault](poison.handed_out()[-count:][index])
 
             _expect_found(case, backend, monkeypatch, plant)
 

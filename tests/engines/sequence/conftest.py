@@ -5,9 +5,7 @@ import torch
 import torch.utils.deterministic
 from helpers import sequences
 from helpers.backends import BACKENDS, CUDA_ON_HOST, Backend, usable
-from helpers.sequences import Poison
-
-from ntm_fast import sequence
+from helpers.poison import poison_sequences
 
 
 @pytest.fixture(params=[*BACKENDS, CUDA_ON_HOST], ids=lambda backend: backend.name)
@@ -25,8 +23,7 @@ def _on_its_device(request, monkeypatch) -> None:
 @pytest.fixture
 def poison(monkeypatch):
     """Fresh memory is full of NaN, of the sequence's kernels between guards besides."""
-    poison = Poison()
-    monkeypatch.setattr(sequence, "_empty", poison.empty)
+    poison = poison_sequences(monkeypatch)
     torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would refuse
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield poison

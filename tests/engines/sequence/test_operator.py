@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from helpers.backends import CUDA_ON_HOST, Backend, usable
+from helpers.native_calls import forget_answers
 from helpers.sequences import Case, arguments, assert_agrees, tensors_of, train
 
 import ntm_fast
@@ -59,7 +60,7 @@ def test_what_a_block_cannot_hold(monkeypatch) -> None:
     case = Case(N=64, hidden=100, dtype=torch.float32)
     ntm, forced = case.module("auto"), case.module("sequence")
     assert ntm_fast.explain("cpu", module=ntm)["ntm_sequence"] == "native"
-    monkeypatch.setattr(_native, "_refusals", {})
+    forget_answers(monkeypatch)
     monkeypatch.setenv("NTM_HOST_SHARED", "6000")
     words = "one element's state takes .* bytes of a block's shared memory, which the device limits to 6000"
     assert re.search(words, ntm_fast.explain("cpu", module=ntm)["ntm_sequence"])
@@ -109,7 +110,7 @@ def test_a_failing_device_is_not_taken_for_a_refusal(monkeypatch) -> None:
                 raise RuntimeError(answer)
 
     monkeypatch.setattr(_native, "_extension", lambda: Extension)
-    monkeypatch.setattr(_native, "_refusals", {})
+    forget_answers(monkeypatch)
     monkeypatch.setitem(_native._PARTS, "cuda", lambda: _native._Part(0, "80", None, cuda=True))
     ask = functools.partial(_native.refusal, "ntm_sequence", "cuda", 0, False)
     with pytest.raises(RuntimeError, match="out of luck"):

@@ -8,10 +8,10 @@ from typing import Any, Callable
 import pytest
 import torch
 from helpers.backends import Backend
-from helpers.sequences import Case, Poison, check
+from helpers.native_calls import intercept
+from helpers.poison import Poison
+from helpers.sequences import Case, check
 from torch import Tensor
-
-from ntm_fast import _native
 
 
 def _address(values: tuple, like: Tensor, index: int) -> ctypes._SimpleCData:
@@ -73,17 +73,16 @@ def test_planted_faults_are_found(backend: Backend, poison: Poison, monkeypatch,
         pytest.skip("faults are planted at addresses that this process can reach")
     if fault in ONLY_ON_THE_CPU and backend.name != "native_cpu":
         pytest.skip("a CUDA kernel leaves none")
-    right = _native.call
 
-    def wrong(called: str, like: Tensor, *values) -> None:
+    def wrong(call: Callable, called: str, like: Tensor, *values: Any) -> None:
         values = list(values)
         if called == BEFORE_CALL.get(fault, (None,))[0]:
             BEFORE_CALL[fault][1](values)
-        right(called, like, *values)
+        call(called, like, *values)
         if called == AFTER_CALL.get(fault, (None,))[0]:
             _address(values, like, AFTER_CALL[fault][1]).value *= 1.001
 
-    monkeypatch.setattr(_native, "call", wrong)
+    intercept(monkeypatch, wrong)
     case = Case(checkpoint=2)
     if fault is None:
         check(case, backend, poison)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers.backends import CUDA_ON_HOST, Backend
 from helpers.comparison import sweep
-from helpers.sequences import Case, Poison, check, named, train
+from helpers.poison import Poison
+from helpers.sequences import Case, check, named, train
 from torch import Tensor
 
 from ntm_fast import FastNTM, NTMState
