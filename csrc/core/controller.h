@@ -1,4 +1,4 @@
-// The elementwise part of the controllers, as nn.LSTM and nn.GRU define them.
+// The controllers: what tells their kinds apart, and the elementwise part of each, as nn.LSTM and nn.GRU define it.
 //
 // Forward may leave the activated gates behind, even in the place of what they come from, so that the backward need not
 // activate them once more.
@@ -7,6 +7,18 @@
 #include "core/scalar.h"
 
 namespace ntm {
+
+enum class Controller : int { lstm, gru };
+
+// Gates of a hidden unit.
+constexpr Index gates(Controller kind) { return kind == Controller::gru ? 3 : 4; }
+
+// Products of a layer at a step: one, of what it is fed and its hidden state together; or two, one of each, where the
+// gates need them apart (a GRU's reset gate acts on the hidden state's product alone).
+constexpr int products(Controller kind) { return kind == Controller::gru ? 2 : 1; }
+
+// Whether a layer has a cell state beside its hidden state.
+constexpr bool has_cell(Controller kind) { return kind == Controller::lstm; }
 
 template <class V>
 struct LSTMGateValues {
@@ -27,9 +39,9 @@ NTM_FN auto activated_lstm(const Tile& tile, Index H, const T* gates /*[4H]*/) {
                              Math::tanh(tile.load(gates + 2 * H)), sigmoid<Math>(tile.load(gates + 3 * H))};
 }
 
-// c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c'). A thread alone that is to leave the gates
-// activates them in passes of their own: a tile's whole chain of results is too long to have the next tile's begun
-// beside it.
+// c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c'). A single thread that leaves the activated gates
+// behind activates them in passes of their own: one tile's whole chain of operations is so long that the processor
+// could not begin the next tile's beside it.
 template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
 NTM_PASS void lstm_gates(const Team& team, Index H, const T* gates /*[4H]: i, f, g, o*/, const T* cell /*[H]*/,
                          T* hidden /*[H]*/, T* new_cell /*[H]*/, Left activated = nullptr /*[4H] or nullptr*/) {
@@ -65,7 +77,7 @@ NTM_PASS void lstm_gates(const Team& team, Index H, const T* gates /*[4H]: i, f,
     }
 }
 
-// Activated: the gates are.
+// Activated: the gates are, already.
 template <bool Activated = false, class Team, class T = typename Team::Real>
 NTM_PASS void lstm_gates_backward(const Team& team, Index H, const T* gates, const T* cell, const T* new_cell,
                                   const T* grad_hidden, const T* grad_new_cell, T* grad_gates /*[4H]*/,
@@ -108,7 +120,8 @@ NTM_FN auto activated_gru(const Tile& tile, Index H, const T* x /*[3H]*/, const 
                             gru_candidate<Math>(tile, H, x, y, r)};
 }
 
-// h' = (1 - z) n + z h, with x = W_i x + b_i and y = W_h h + b_h. In passes as lstm_gates().
+// h' = (1 - z) n + z h, where x and y are the products of the input and of the hidden state, with their biases. In
+// passes as lstm_gates() is.
 template <class Team, class Left = std::nullptr_t, class T = typename Team::Real>
 NTM_PASS void gru_gates(const Team& team, Index H, const T* x /*[3H]: r, z, n*/, const T* y /*[3H]*/,
                         const T* hidden /*[H]*/, T* new_hidden /*[H]*/, Left activated = nullptr /*[3H] or nullptr*/) {
@@ -137,7 +150,7 @@ NTM_PASS void gru_gates(const Team& team, Index H, const T* x /*[3H]: r, z, n*/,
     }
 }
 
-// Activated: in place of x are the gates.
+// Activated: x has the activated gates in place of the product.
 template <bool Activated = false, class Team, class T = typename Team::Real>
 NTM_PASS void gru_gates_backward(const Team& team, Index H, const T* x, const T* y, const T* hidden,
                                  const T* grad_new_hidden, T* grad_x /*[3H]*/, T* grad_y /*[3H]*/,

@@ -15,8 +15,8 @@ namespace {
 
 constexpr Size gradient_rows = 128;  // at a time: the gradients of so many outputs stay in the second-level cache
 
-// The gradients of a sequence's weights, from what the backward left behind. Every thread has a share of the outputs of
-// every weight, so that the order of a sum does not depend on the number of threads.
+// The gradients of a sequence's weights, from what forward and backward wrote. Every thread has a share of the outputs
+// of every weight, so that the order of a sum does not depend on the number of threads.
 template <class T>
 struct WeightGradients {
     SequenceSizes s;
@@ -103,7 +103,7 @@ private:
         const T* dx = l ? grads.upper_x + (l - 1) * rows() * G : grads.x;
         auto below = [&](Size n) { return l ? hidden(l - 1, n) : Columns<T>{inputs + n * s.I, s.I, s.I}; };
         auto reads = [&](Size n) { return l ? Columns<T>{} : reads_before(n); };
-        if (s.gru) {
+        if (s.products() == 2) {
             using Three = std::array<Columns<T>, 3>;
             gradients(G, dx, [&](Size n) { return Three{below(n), reads(n), ones()}; }, {{to[0], I + R}, {to[2], 1}});
             gradients(G, grads.y + l * rows() * G, [&](Size n) { return Two{hidden_before(l, n), ones()}; },
@@ -130,7 +130,7 @@ private:
         sum_up(s.read_size(), grad_initial.reads, sum.reads);
         for (Size l = 0; l < s.L; ++l) {
             sum_up(s.H, grad_initial.hidden + l * s.B * s.H, sum.hidden + l * s.H);
-            if (!s.gru) sum_up(s.H, grad_initial.cell + l * s.B * s.H, sum.cell + l * s.H);
+            if (s.has_cell()) sum_up(s.H, grad_initial.cell + l * s.B * s.H, sum.cell + l * s.H);
         }
     }
 };

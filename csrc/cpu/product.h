@@ -193,7 +193,7 @@ NTM_FN void row_blocks(Size n, F&& f) {
 }
 
 // out[e, c] += sum_k in[e, k] weight[k, c]. A single row takes 4 panels at a time, so many that no sum waits for the
-// one before it; what is left goes by one panel, and what of it is begun.
+// one before it; the columns after these go by one panel, and at the end by as many vectors as are begun.
 template <class T>
 inline void product(Size E, Size K, Size C, const T* in, const T* packed, T* out) {
     row_blocks(E, [&](auto rows, Size e) NTM_INLINE {
@@ -211,7 +211,7 @@ inline void product(Size E, Size K, Size C, const T* in, const T* packed, T* out
         };
         constexpr int V = panel_vectors;
         if constexpr (rows == 1) blocks(std::integral_constant<int, 4 * V>{}, 3 * V);
-        unroll<V>([&](auto left) NTM_INLINE { blocks(std::integral_constant<int, V - left>{}, V - left - 1); });
+        unroll<V>([&](auto less) NTM_INLINE { blocks(std::integral_constant<int, V - less>{}, V - less - 1); });
     });
 }
 
@@ -265,8 +265,8 @@ inline void add_weight_gradient(Size N, Size outputs, const T* x, Size stride, c
         }
     };
     Index g = 0;
-    unroll<panel_vectors - 1>([&](auto left) NTM_INLINE {
-        constexpr int vectors = panel_vectors - left;
+    unroll<panel_vectors - 1>([&](auto less) NTM_INLINE {
+        constexpr int vectors = panel_vectors - less;
         for (; g + vectors * lanes<T> <= outputs; g += vectors * lanes<T>)
             grow(std::integral_constant<int, vectors>{}, g, [=](Size n, Index v) NTM_INLINE {
                 return FullTile<T>{g + v * lanes<T>}.load(x + n * stride);

@@ -29,7 +29,7 @@ template <class T>
 struct ThreadCrew {
     using Real = T;
     static constexpr bool staged = false, takes_ends = true, holds_memory = false;
-    static constexpr Size rooms(Size) { return 1; }
+    static constexpr Size slots(Size) { return 1; }
 
     T* own;
 

@@ -33,8 +33,8 @@ struct PackedSequence {
         Size total = room(size(s.H, s.step.params(), backward), size(s.features(), s.O, backward));
         for (Size l = 0; l < s.L; ++l) {
             const Size fed = (backward || l ? 0 : s.I) + s.fed(l);
-            total += s.gru ? room(size(fed, G, backward), size(s.H, G, backward))
-                           : room(size(fed + s.H, G, backward), G);
+            total += s.products() == 2 ? room(size(fed, G, backward), size(s.H, G, backward))
+                                       : room(size(fed + s.H, G, backward), G);
         }
         return total;
     }
@@ -43,10 +43,10 @@ struct PackedSequence {
         if (!storage.get()) return;
         const Size G = s.gates(), P = s.step.params();
         Arena<T> arena{storage.get()};
-        auto take = [&](Size outputs, Columns<T> left, Columns<T> right = {}) -> SequenceWeight<T> {
-            const std::array<Columns<T>, 2> stored = {left, right};
+        auto take = [&](Size outputs, Columns<T> one, Columns<T> beside = {}) -> SequenceWeight<T> {
+            const std::array<Columns<T>, 2> stored = {one, beside};
             if (!backward && s.T * s.B == 1) return {nullptr, stored};
-            const Size inputs = left.count + right.count;
+            const Size inputs = one.count + beside.count;
             T* packed = arena.take(size(inputs, outputs, backward));
             Size first = 0;
             for (const auto& [weight, stride, count] : stored) {
@@ -63,7 +63,7 @@ struct PackedSequence {
             const Size I = l ? 0 : s.I, skipped = backward ? I : 0;
             const Columns<T> fed = {raw[0] + skipped, I + s.fed(l), I - skipped + s.fed(l)};
             const Columns<T> hidden = {raw[1], s.H, s.H};
-            if (s.gru) {
+            if (s.products() == 2) {
                 const SequenceWeight<T> own = take(G, fed);
                 layers.push_back({own, take(G, hidden), raw[2], raw[3]});
             } else {

@@ -1,10 +1,40 @@
-// How the items of an operator are dealt out to a device: the one place where sizes meet the device's limits. Host code
-// without CUDA, so that tests can ask it anything.
+// How the items of an operator are dealt out to a device: the only place where sizes meet the device's limits, and
+// where the numbers are that may be tuned. Host code without CUDA, so that tests can ask it anything.
 #pragma once
 
 #include "core/sequence.h"
 
 namespace ntm::cuda {
+
+// What CUDA gives.
+constexpr int warp_size = 32;
+constexpr Size most_blocks = (Size(1) << 31) - 1;  // of a grid
+
+// What may be tuned. Kernels, tests and reports name these numbers.
+//
+// A warp to an item:
+constexpr int warps_per_block = 4;
+constexpr int warp_blocks = 4;       // blocks of such warps that the registers of a multiprocessor must be enough for
+constexpr Size resident_warps = 12;  // on a multiprocessor, so that some can work while others wait for memory
+constexpr Size widest_of_warp = 256;  // numbers for which a warp is enough
+constexpr int warp_numbers = 4;      // that a lane takes at a time: 128 locations are one tile of a warp
+// A block to an item:
+constexpr int most_threads = 256;
+constexpr Size block_exchange = 2 * 512;  // numbers in shared memory through which its warps tell each other sums
+constexpr int workspace_blocks = 2;       // to a multiprocessor, where each has scratch in the workspace
+// Any team:
+constexpr int rows_at_once = 4;     // rows whose sums are added up side by side
+constexpr int vectors_at_once = 4;  // of 16 bytes, that a thread copies at a time
+// A block to a tile of a sequence's elements:
+constexpr int most_elements = 8;  // of a tile: a product's sums that a thread holds at once
+// Threads of the block, which has a multiprocessor for itself: two blocks would read the weights twice. There are as
+// many as there are registers for.
+constexpr int sequence_threads_float32 = 512;
+constexpr int sequence_threads_float64 = 256;
+constexpr int sequence_blocks = 1;  // on a multiprocessor
+// The grid that packs the weights of sequences:
+constexpr int pack_threads = 256;  // of a block
+constexpr Size most_pack_blocks = 1024;
 
 struct Limits {
     int multiprocessors;
@@ -18,9 +48,9 @@ struct Demand {
     Size items;
     Size width;     // the numbers that its widest loop over locations goes over
     Size real;      // bytes of a number
-    Size staged;    // scratch of an item in numbers, its memories in shared memory too
-    Size unstaged;  // the same with the memories left where they are
-    Size reserved;  // numbers that a block needs besides
+    Size staged;    // numbers of scratch that an item takes if its memories are copied to shared memory too
+    Size unstaged;  // and if they are left where they are
+    Size reserved;  // numbers of shared memory that a block needs besides
 };
 
 enum class Way {
@@ -38,13 +68,6 @@ struct Plan {
     Size workspace;  // bytes in all
 };
 
-constexpr int warp_size = 32;
-constexpr int warps_per_block = 4;
-constexpr int most_threads = 256;
-constexpr Size most_blocks = (Size(1) << 31) - 1;
-constexpr Size wide = 256;         // numbers for which a warp is enough
-constexpr Size resident_warps = 12;  // on a multiprocessor, from which the others hide what one waits for
-
 constexpr Size smaller(Size a, Size b) { return a < b ? a : b; }
 constexpr Size round_up(Size n, Size to) { return (n + to - 1) / to * to; }
 
@@ -55,11 +78,11 @@ struct Kernels {
 
 constexpr Plan plan(const Demand& d, const Limits& limits, const Kernels& kernels) {
     const Size reserved = d.reserved * d.real;
-    // A warp an item where there are enough items for every multiprocessor, and room on it for their scratch.
+    // A warp to an item, if there are enough items for every multiprocessor, which has room for their scratch.
     const Size of_warps = warps_per_block * d.staged * d.real;
     const Size fitting = limits.shared_per_multiprocessor / (of_warps + limits.shared_reserved) * warps_per_block;
-    if (kernels.warps && d.width <= wide && of_warps <= limits.shared_per_block && fitting >= resident_warps &&
-        d.items >= limits.multiprocessors * resident_warps)
+    if (kernels.warps && d.width <= widest_of_warp && of_warps <= limits.shared_per_block &&
+        fitting >= resident_warps && d.items >= limits.multiprocessors * resident_warps)
         return {Way::warps, smaller((d.items + warps_per_block - 1) / warps_per_block, most_blocks),
                 warps_per_block * warp_size, of_warps, 0};
 
@@ -68,24 +91,24 @@ constexpr Plan plan(const Demand& d, const Limits& limits, const Kernels& kernel
     const Size staged = reserved + d.staged * d.real, unstaged = reserved + d.unstaged * d.real;
     if (kernels.block && staged <= limits.shared_per_block) return {Way::block, blocks, threads, staged, 0};
     if (unstaged <= limits.shared_per_block) return {Way::unstaged, blocks, threads, unstaged, 0};
-    const Size few = smaller(d.items, 2 * limits.multiprocessors);  // each with its scratch
+    const Size few = smaller(d.items, workspace_blocks * limits.multiprocessors);
     return {Way::workspace, few, threads, reserved, few * d.unstaged * d.real};
 }
 
 // How a sequence's batch is dealt out: a block takes a tile of elements through all of time.
 struct SequencePlan {
-    int elements;       // of a tile; 0 where not even one fits
-    int group;          // threads that work on one of them
-    int threads;        // of a block: for the controller's products all work on all
+    int elements;       // of a tile; 0 if not even one fits
+    int group;          // threads that work on one element
+    int threads;        // of a block: all of them work on the controller's products
     bool holds_memory;  // in shared memory; else the memories stay where they are
     Size blocks;
-    Size shared;  // bytes of a block; where nothing fits, those that one element would take
+    Size shared;  // bytes of a block; if not even one element fits, those that it would take
 };
 
-constexpr int most_elements = 8;  // a product's sums that a thread holds at once
-// Of a block: as many as there are registers for. Two blocks on a multiprocessor would read the weights twice.
-constexpr int sequence_threads(Size real) { return real == sizeof(float) ? 512 : 256; }
-// What a group's warps find goes through a number for each of its threads, in two halves.
+constexpr int sequence_threads(Size real) {
+    return real == sizeof(float) ? sequence_threads_float32 : sequence_threads_float64;
+}
+// Through these numbers a group's warps tell each other sums: two halves, each with a number for every thread.
 constexpr Size exchange_room(int group) { return room(2 * group); }
 
 constexpr SequencePlan sequence_tile(const SequenceSizes& s, bool backward, Size real, int elements, bool holds) {
@@ -99,8 +122,8 @@ constexpr SequencePlan sequence_tile(const SequenceSizes& s, bool backward, Size
             (elements * exchange_room(group) + scratch) * real};
 }
 
-// A tile that gives every multiprocessor a block, where there are elements enough, and then as many of them as fit: the
-// weights are read once for a tile. Memories are held where one fits, and where there is a kernel for it.
+// Tiles are as large as fit, because the weights are read once for each tile, but not so large that a multiprocessor
+// gets no block. Memories are held in shared memory if at least one fits, and if there is a kernel for it (holding).
 constexpr SequencePlan sequence_plan(const SequenceSizes& s, bool backward, Size real, const Limits& limits,
                                      bool holding) {
     int wanted = 1;

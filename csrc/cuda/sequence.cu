@@ -1,5 +1,5 @@
-// A whole sequence: a block takes a tile of elements through all steps. One launch each way, after those that pack the
-// weights.
+// A whole sequence: a block takes a tile of elements through all steps. Forward and backward are one launch each, after
+// the launches that pack the weights.
 #include <vector>
 
 #include "cuda/launch.h"
@@ -8,7 +8,7 @@
 
 namespace ntm::cuda {
 
-// x, of which the compiler does not know what it is.
+// x, hidden from the optimiser.
 NTM_FN Index forget(Index x) {
 #ifdef __CUDA_ARCH__
     asm volatile("" : "+r"(x));
@@ -16,17 +16,17 @@ NTM_FN Index forget(Index x) {
     return x;
 }
 
-// A block, whose warps work on the products together and in groups on an element each.
+// A block: all its warps work on the products together, and each group of warps on an element of its own.
 template <class T, bool HoldsMemory>
-struct SequenceBlock {
+struct BlockCrew {
     using Real = T;
     static constexpr bool staged = true, takes_ends = false, holds_memory = HoldsMemory;
-    NTM_FN static constexpr Size rooms(Size E) { return E; }
+    NTM_FN static constexpr Size slots(Size E) { return E; }
 
     Group<T> group;
-    Index behind;  // of what is shared, where the scratch begins
+    Index exchange;  // numbers of shared memory that all groups' exchange takes; the scratch follows
 
-    NTM_FN T* scratch() const { return reinterpret_cast<T*>(ntm_shared) + behind; }
+    NTM_FN T* scratch() const { return reinterpret_cast<T*>(ntm_shared) + exchange; }
     NTM_FN Index again(Index n) const { return forget(n); }
     NTM_FN void sync() const { __syncthreads(); }
     NTM_FN void product(Index E, Index K, Index C, const T* in, const T* packed, T* out) const {
@@ -55,11 +55,11 @@ struct SequenceForward {
     SequenceState<T> final;
     SequenceTrail<T> trail;
 
-    template <class Team>
-    NTM_FN void operator()(const Team& team, Size first, Size E, const SequenceWeights<T>& w, T*) const {
+    template <class Crew>
+    NTM_FN void operator()(const Crew& crew, Size first, Size E, const SequenceWeights<T>& w, T*) const {
         const T* const inputs = nullptr;
         T* const outputs = nullptr;
-        sequence(team, s, o, first, E, keep, w, inputs, outputs, initial, final, trail);
+        sequence(crew, s, o, first, E, keep, w, inputs, outputs, initial, final, trail);
     }
 };
 
@@ -78,36 +78,36 @@ struct SequenceBackward {
     SequenceState<T> grad;
     SequenceGrads<T> out;
 
-    template <class Team>
-    NTM_FN void operator()(const Team& team, Size first, Size E, const SequenceWeights<T>& w, T* segments) const {
-        sequence_backward(team, s, o, first, E, w, initial, final_memory, trail, grad_features, grad_final, grad, out,
+    template <class Crew>
+    NTM_FN void operator()(const Crew& crew, Size first, Size E, const SequenceWeights<T>& w, T* segments) const {
+        sequence_backward(crew, s, o, first, E, w, initial, final_memory, trail, grad_features, grad_final, grad, out,
                           segments + first * sequence_segment(s, 1));
     }
 };
 
 template <class Body, bool HoldsMemory, class T = typename Body::Real>
-__global__ void __launch_bounds__(sequence_threads(sizeof(T)), 1)
+__global__ void __launch_bounds__(sequence_threads(sizeof(T)), sequence_blocks)
     through_time(Body body, SequenceWeights<T> weights, T* segments, int elements, int group) {
     const Size first = static_cast<Size>(blockIdx.x) * elements, E = smaller(elements, body.s.B - first);
     const int index = threadIdx.x / group;
     T* const exchange = reinterpret_cast<T*>(ntm_shared) + index * exchange_room(group);
-    const SequenceBlock<T, HoldsMemory> team{Group<T>(exchange, group, index),
-                                             static_cast<Index>(elements * exchange_room(group))};
-    body(team, first, E, weights, segments);
+    const BlockCrew<T, HoldsMemory> crew{Group<T>(exchange, group, index),
+                                         static_cast<Index>(elements * exchange_room(group))};
+    body(crew, first, E, weights, segments);
 }
 
-// What is packed of a layer, or of the heads: the second matrix a GRU's, the bias an LSTM's
+// What is packed of a layer, or of the heads, which have one product and no bias of this kind.
 template <class T>
 struct PackedLayer {
-    Packing<T> first, second;
-    const T *bias_ih, *bias_hh;
-    T* bias;  // [gates]  their sum
+    Packing<T> first, second;          // the second, where there are two products
+    const T *bias_ih, *bias_hh;        // [gates]  where there is one product,
+    T* bias;                           // [gates]  their sum
     Size gates;
-    LayerWeights<T> weights, *place;  // what is told of it, and where
+    LayerWeights<T> weights, *place;   // what to tell of it, and the place in the workspace to write that to
 };
 
 template <class T>
-__global__ void __launch_bounds__(256) pack_layer(PackedLayer<T> layer) {
+__global__ void __launch_bounds__(pack_threads) pack_layer(PackedLayer<T> layer) {
     pack(layer.first);
     pack(layer.second);
     const Size thread = blockIdx.x * Size(blockDim.x) + threadIdx.x;
@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(256) pack_layer(PackedLayer<T> layer) {
     if (thread == 0 && layer.place) *layer.place = layer.weights;
 }
 
-// All weights, packed for one direction, in the caller's workspace. Where there is none, and perhaps no weights either,
-// it counts the numbers.
+// All weights, packed for one direction, in the caller's workspace. Without a workspace, and perhaps without weights,
+// it only counts the numbers.
 template <class T>
 class PackedSequence {
 public:
@@ -139,7 +139,7 @@ public:
             PackedLayer<T> layer{};
             layer.gates = G;
             layer.place = table + l;
-            if (s.gru) {
+            if (s.products() == 2) {
                 layer.first = take({fed, {}, G});
                 layer.second = take({hidden, {}, G});
                 layer.weights = {layer.first.to, layer.second.to, raw[2], raw[3]};
@@ -159,9 +159,8 @@ public:
 
     cudaError_t enqueue(const Launch& launch) const {
         for (const PackedLayer<T>& job : jobs) {
-            constexpr int threads = 256;
-            const Size blocks = smaller((job.first.size() + threads - 1) / threads, 1024);
-            const cudaError_t status = cuda::enqueue(pack_layer<T>, blocks, threads, 0, launch, job);
+            const Size blocks = smaller((job.first.size() + pack_threads - 1) / pack_threads, most_pack_blocks);
+            const cudaError_t status = cuda::enqueue(pack_layer<T>, blocks, pack_threads, 0, launch, job);
             if (status != cudaSuccess) return status;
         }
         return cudaSuccess;

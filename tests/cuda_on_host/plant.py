@@ -88,18 +88,19 @@ SITES = [
 
 
 def _barriers() -> dict[str, tuple[str, int]]:
-    """Every sync() of what the operators do: its name, after what it stands in, and its file and line."""
+    """Every sync() of what the operators do: its name, after the file and what it stands in; its file and line."""
     found: dict[str, tuple[str, int]] = {}
-    for path in sorted(build.CSRC.glob("core/*.h")):
+    for path in sorted(build.CSRC.glob("core/**/*.h")):
         inside, count = "", 0
         for number, line in enumerate(path.read_text().splitlines()):
-            begins = re.match(r"struct (\w+)|\s*NTM_(?:FN|PASS) [^(]*?(?!operator)(\w+)\(const Team& team", line)
+            begins = re.match(r"struct (\w+)|\s*NTM_(?:FN|PASS) [^(]*?\b(?!operator)(\w+)\(", line)
             if begins:
                 inside, count = begins[1] or begins[2], 0
-            if line.strip() in ("team.sync();", "own.sync();"):
+            if line.strip() in ("team.sync();", "crew.sync();"):
                 count += 1
-                assert f"{inside} {count}" not in found
-                found[f"{inside} {count}"] = (f"core/{path.name}", number)
+                name = f"{path.stem} {inside} {count}"
+                assert name not in found
+                found[name] = (str(path.relative_to(build.CSRC)), number)
     return found
 
 

@@ -26,20 +26,20 @@ namespace {
 struct Free {
     void operator()(char* p) const { std::free(p); }
 };
-using Room = std::unique_ptr<char, Free>;
+using Bytes = std::unique_ptr<char, Free>;
 
 // With forbidden ground behind it, wide enough that whoever goes there ruins nothing that matters.
-Room make_room(std::size_t bytes) {
+Bytes allocate(std::size_t bytes) {
     constexpr std::size_t guard = 1 << 16;
-    Room room(static_cast<char*>(std::malloc(bytes + guard)));
-    std::memset(room.get(), 0xff, bytes + guard);  // NaN as float and as double
-    ASAN_POISON_MEMORY_REGION(room.get() + bytes, guard);
-    return room;
+    Bytes memory(static_cast<char*>(std::malloc(bytes + guard)));
+    std::memset(memory.get(), 0xff, bytes + guard);  // NaN as float and as double
+    ASAN_POISON_MEMORY_REGION(memory.get() + bytes, guard);
+    return memory;
 }
 
 struct Array {
     std::string role, before, after;
-    Room room;
+    Bytes memory;
 };
 
 struct Call {
@@ -61,11 +61,11 @@ struct Call {
             scalars.push_back(std::strtod(word.c_str(), nullptr));
         words >> count;
         for (std::string role; arrays.size() < count && words >> role >> bytes;)
-            arrays.push_back({role, std::string(bytes, 0), std::string(bytes, 0), make_room(bytes)});
+            arrays.push_back({role, std::string(bytes, 0), std::string(bytes, 0), allocate(bytes)});
         for (Array& array : arrays) {
             if (array.role != "out") {
                 file.read(array.before.data(), array.before.size());
-                std::memcpy(array.room.get(), array.before.data(), array.before.size());
+                std::memcpy(array.memory.get(), array.before.data(), array.before.size());
             }
             file.read(array.after.data(), array.after.size());
         }
@@ -74,7 +74,7 @@ struct Call {
     // Also what only comes in: nobody may change it.
     bool as_recorded() const {
         for (const Array& array : arrays)
-            if (std::memcmp(array.room.get(), array.after.data(), array.after.size()) != 0) return false;
+            if (std::memcmp(array.memory.get(), array.after.data(), array.after.size()) != 0) return false;
         return true;
     }
 };
@@ -107,7 +107,7 @@ T take(Call& call) {
     } else if constexpr (std::is_same_v<T, StepOptions>) {
         return take_members<T, int, int, int, double, double>(call);
     } else if constexpr (std::is_same_v<T, SequenceSizes>) {
-        const T s = take_members<T, Index, Size, Index, Index, Index, Index, int, StepSizes, Index, int>(call);
+        const T s = take_members<T, Index, Size, Index, Index, Index, Index, Controller, StepSizes, Index, int>(call);
         call.layers = s.L;
         return s;
     } else if constexpr (is_state<T>) {
@@ -123,7 +123,7 @@ T take(Call& call) {
         for (Size i = 0; i < 4 * call.layers + 4; ++i) call.weights.push_back(take<const void*>(call));
         return reinterpret_cast<T>(call.weights.data());
     } else if constexpr (std::is_pointer_v<T>) {
-        return reinterpret_cast<T>(call.arrays[call.next_array++].room.get());
+        return reinterpret_cast<T>(call.arrays[call.next_array++].memory.get());
     } else {
         return static_cast<T>(call.scalars[call.next_scalar++]);
     }
@@ -140,7 +140,7 @@ Error run(Error (*operation)(Launch, Parameters...), Call& call) {
     how.needed = &needed;
     if (const Error error = launch(how)) return error;
     how.needed = nullptr;
-    const Room workspace = make_room(needed);
+    const Bytes workspace = allocate(needed);
     how.workspace = needed ? workspace.get() : nullptr;
     if (needed) std::cerr << "workspace of " << needed << " bytes\n";
     return launch(how);

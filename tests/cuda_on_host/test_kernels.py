@@ -136,9 +136,10 @@ def test_faults_planted_in_sequences_are_found(recorded_sequences, programs, nam
 @pytest.mark.parametrize("name", plant.BARRIERS)
 def test_every_barrier_is_needed(recorded, recorded_sequences, programs, name: str) -> None:
     file, _ = plant.BARRIERS[name]
-    operator = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.split()[0].removesuffix("Backward")).lower()
-    operator = {"core/shift.h": "circular_shift", "core/element.h": operator}.get(file, "memory_step")
-    calls = recorded_sequences[:2] if file == "core/sequence.h" else [recorded[operator]]
+    operator = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.split()[1].removesuffix("Backward")).lower()
+    if not file.startswith("core/element/"):
+        operator = "circular_shift" if file == "core/shift.h" else "memory_step"
+    calls = recorded_sequences[:2] if file.startswith("core/sequence/") else [recorded[operator]]
     wrong = [outcome for outcome in replay(programs("thread"), calls, name) if not outcome.right]
     assert wrong and all("data race" in outcome.printed for outcome in wrong)
 

@@ -29,67 +29,70 @@ constexpr Limits devices[] = {{72, 64 << 10, 64 << 10, 0},        {108, 163 << 1
 
 void check(const Demand& d, const Limits& limits, const Kernels& kernels) {
     const Plan p = plan(d, limits, kernels);
-    CHECK(p.threads >= 32 && p.threads % 32 == 0 && p.threads <= 256, d, p);  // the kernels' launch bounds
-    CHECK(p.blocks >= 1 && p.blocks <= 2147483647, d, p);
+    CHECK(p.threads >= warp_size && p.threads % warp_size == 0 && p.threads <= most_threads, d, p);
+    CHECK(p.blocks >= 1 && p.blocks <= most_blocks, d, p);
     CHECK(p.shared >= 0 && p.shared <= limits.shared_per_block, d, p);
     const Size reserved = d.reserved * d.real, staged = reserved + d.staged * d.real;
     const Size unstaged = reserved + d.unstaged * d.real;
     switch (p.way) {
         case Way::warps:
-            CHECK(kernels.warps && p.threads == 128 && d.width <= 256, d, p);
-            CHECK(p.shared == 4 * d.staged * d.real && p.workspace == 0, d, p);
-            CHECK(p.blocks * 4 >= d.items || p.blocks == 2147483647, d, p);
+            CHECK(kernels.warps && p.threads == warps_per_block * warp_size && d.width <= widest_of_warp, d, p);
+            CHECK(p.shared == warps_per_block * d.staged * d.real && p.workspace == 0, d, p);
+            CHECK(p.blocks * warps_per_block >= d.items || p.blocks == most_blocks, d, p);
             // Enough of them run at once, and there are enough for every multiprocessor.
-            CHECK(12 / 4 * (p.shared + limits.shared_reserved) <= limits.shared_per_multiprocessor, d, p);
-            CHECK(d.items >= 12 * limits.multiprocessors, d, p);
+            CHECK(resident_warps / warps_per_block * (p.shared + limits.shared_reserved) <=
+                      limits.shared_per_multiprocessor,
+                  d, p);
+            CHECK(d.items >= resident_warps * limits.multiprocessors, d, p);
             break;
         case Way::block:
             CHECK(kernels.block && p.shared == staged && p.workspace == 0, d, p);
-            CHECK(p.blocks == d.items || p.blocks == 2147483647, d, p);
+            CHECK(p.blocks == d.items || p.blocks == most_blocks, d, p);
             break;
         case Way::unstaged:
             CHECK(!kernels.block || staged > limits.shared_per_block, d, p);
             CHECK(p.shared == unstaged && p.workspace == 0, d, p);
-            CHECK(p.blocks == d.items || p.blocks == 2147483647, d, p);
+            CHECK(p.blocks == d.items || p.blocks == most_blocks, d, p);
             break;
         case Way::workspace:
             CHECK(unstaged > limits.shared_per_block, d, p);
-            CHECK(p.shared == reserved && p.blocks <= 2 * limits.multiprocessors && p.blocks <= d.items, d, p);
+            CHECK(p.shared == reserved && p.blocks <= workspace_blocks * limits.multiprocessors && p.blocks <= d.items, d, p);
             CHECK(p.workspace == p.blocks * d.unstaged * d.real, d, p);
             break;
     }
     if (p.way != Way::warps) {  // a thread a location, as far as a block goes
-        CHECK(p.threads == (d.width >= 256 ? 256 : (d.width + 31) / 32 * 32), d, p);
+        CHECK(p.threads == smaller(round_up(d.width, warp_size), most_threads), d, p);
     }
 }
 
 // --- whole sequences ---
 
-SequenceSizes sizes(Size B, Index N, Index M, Index H, Index L = 1, Index heads = 1, int gru = 0, Index every = 1) {
-    return {41, B, 9, 8, L, H, gru, {B, heads, heads, N, M, 3}, every, 0};
+SequenceSizes sizes(Size B, Index N, Index M, Index H, Index L = 1, Index heads = 1,
+                    Controller controller = Controller::lstm, Index every = 1) {
+    return {41, B, 9, 8, L, H, controller, {B, heads, heads, N, M, 3}, every, 0};
 }
 
 // Numbers of a tile's scratch, by the arena that a kernel takes it from: nothing is left over, nothing short.
-struct Tile {
+struct Crew {
     static constexpr bool staged = true, takes_ends = false;
-    static constexpr Size rooms(Size E) { return E; }
+    static constexpr Size slots(Size E) { return E; }
     char* scratch() const { return nullptr; }
 };
 template <bool Holds>
-struct HoldingTile : Tile {
+struct HoldingCrew : Crew {
     static constexpr bool holds_memory = Holds;
 };
 template <bool Holds>
 Size taken(const SequenceSizes& s, bool backward, int E) {
-    const HoldingTile<Holds> team;
+    const HoldingCrew<Holds> crew;
     char* last = nullptr;  // where the last piece begins
     Size size = s.L * E * s.H;
     if (backward) {
-        const SequenceBackwardFrame<char> f(team, s, E, TileState<char>{});
-        last = s.gru ? f.grad.hidden : f.grad.cell;
+        const SequenceBackwardFrame<char> f(crew, s, E, TileState<char>{});
+        last = s.has_cell() ? f.grad.cell : f.grad.hidden;
     } else {
-        const SequenceFrame<char> f(team, s, E, true, TileState<char>{});
-        last = s.gru ? f.state.hidden : f.state.cell;
+        const SequenceFrame<char> f(crew, s, E, true, TileState<char>{});
+        last = s.has_cell() ? f.state.cell : f.state.hidden;
     }
     return last - static_cast<char*>(nullptr) + room(size);
 }
@@ -111,11 +114,11 @@ void check(const SequenceSizes& s, bool backward, Size real, const Limits& limit
         expect(p.shared == least, "tells another size than the least");
         return;
     }
-    expect(p.threads == (real == 4 ? 512 : 256), "threads, for which the registers are counted");
-    expect(p.elements == 1 || p.elements == 2 || p.elements == 4 || p.elements == 8, "elements");
-    expect(p.group >= 32 && p.group % 32 == 0 && (p.group & (p.group - 1)) == 0, "a group is not of 2^n warps");
+    expect(p.threads == sequence_threads(real), "threads, for which the registers are counted");
+    expect(p.elements <= most_elements && (p.elements & (p.elements - 1)) == 0, "elements");
+    expect(p.group >= warp_size && p.group % warp_size == 0 && (p.group & (p.group - 1)) == 0, "a group is not of 2^n warps");
     expect(p.elements * p.group <= p.threads, "more groups than threads");
-    expect(p.group == 32 || p.group / 2 < s.step.N, "half a group would do");
+    expect(p.group == warp_size || p.group / 2 < s.step.N, "half a group would do");
     expect(p.group * p.elements == p.threads || p.group >= s.step.N, "threads idle that could work");
     expect(p.blocks * p.elements >= B && (p.blocks - 1) * p.elements < B, "blocks");
     expect(p.shared <= limits.shared_per_block, "more than a block can have");
@@ -126,7 +129,7 @@ void check(const SequenceSizes& s, bool backward, Size real, const Limits& limit
         expect(sequence_tile(s, backward, real, 1, true).shared > limits.shared_per_block, "a memory would fit");
     // As many as make a block for each multiprocessor, if they fit.
     expect(p.elements == 1 || (B + p.elements / 2 - 1) / (p.elements / 2) > limits.multiprocessors, "too large a tile");
-    if (p.elements < 8 && (B + p.elements - 1) / p.elements > limits.multiprocessors)
+    if (p.elements < most_elements && (B + p.elements - 1) / p.elements > limits.multiprocessors)
         expect(sequence_tile(s, backward, real, 2 * p.elements, p.holds_memory).shared > limits.shared_per_block,
                "twice as many elements would fit");
 }
@@ -140,9 +143,10 @@ void check_sequences() {
                     for (Index H : {1, 100, 513, 4096})
                         for (Index L : {1, 3})
                             for (int variant = 0; variant < 16; ++variant) {
-                                const bool backward = variant & 1, gru = variant & 2, many = variant & 4;
+                                const bool backward = variant & 1, many = variant & 4;
+                                const Controller controller = variant & 2 ? Controller::gru : Controller::lstm;
                                 const Size real = variant & 8 ? 8 : 4;
-                                const SequenceSizes s = sizes(B, N, M, H, L, many ? 4 : 1, gru);
+                                const SequenceSizes s = sizes(B, N, M, H, L, many ? 4 : 1, controller);
                                 check(s, backward, real, limits, real == 4);
                                 const SequencePlan p = sequence_plan(s, backward, real, limits, real == 4);
                                 (p.elements == 0 ? refused : p.holds_memory ? held : in_place) = true;
@@ -178,7 +182,7 @@ int main() {
                 for (Size M : memories)
                     for (Size real : {4, 8})
                         for (const Kernels& kernels : all) {
-                            const Demand d = {n, width, real, 5 * width + (M + 2) * width, 5 * width, 1024};
+                            const Demand d = {n, width, real, 5 * width + (M + 2) * width, 5 * width, block_exchange};
                             check(d, limits, kernels);
                             met[int(plan(d, limits, kernels).way)] = true;
                         }
@@ -188,13 +192,13 @@ int main() {
     // The standard sizes on an H200: a head's addressing by warps, a memory of 1024 x 64 floats left where it is.
     const Limits& h200 = devices[3];
     const Kernels both = {true, true};
-    if (plan({16384, 128, 4, 900, 700, 1024}, h200, both).way != Way::warps && ++failures)
+    if (plan({16384, 128, 4, 900, 700, block_exchange}, h200, both).way != Way::warps && ++failures)
         std::printf("the standard sizes are not served by warps\n");
-    if (plan({64, 128, 4, 900, 700, 1024}, h200, both).way != Way::block && ++failures)
+    if (plan({64, 128, 4, 900, 700, block_exchange}, h200, both).way != Way::block && ++failures)
         std::printf("a small batch is not served by blocks\n");
-    if (plan({64, 1024, 4, 70000, 6000, 1024}, h200, both).way != Way::unstaged && ++failures)
+    if (plan({64, 1024, 4, 70000, 6000, block_exchange}, h200, both).way != Way::unstaged && ++failures)
         std::printf("a large memory is not left where it is\n");
-    if (plan({64, 16384, 4, 16384 * 520, 16384 * 8, 1024}, h200, both).way != Way::workspace && ++failures)
+    if (plan({64, 16384, 4, 16384 * 520, 16384 * 8, block_exchange}, h200, both).way != Way::workspace && ++failures)
         std::printf("a scratch beyond shared memory does not go to the workspace\n");
     check_sequences();
     if (failures) std::printf("%d failures\n", failures);
