@@ -20,14 +20,24 @@ from timing import ROOT, show, write
 from ntm_fast import _native
 
 PAGE = ROOT / "docs" / "kernels.md"
+
+
+def planned(name: str) -> int:
+    """A number of csrc/cuda/plan.h."""
+    plan = (ROOT / "csrc" / "cuda" / "plan.h").read_text()
+    return int(re.search(rf"^constexpr \w+ {name} = (\d+);", plan, re.M)[1])
+
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
 # Of a multiprocessor: resident warps and blocks, at most (CUDA C++ Programming Guide, "Compute Capabilities").
 LIMITS = {"sm_80": (64, 32), "sm_90": (64, 32), "sm_120": (48, 24)}
 REGISTERS, GRANULE, PARTITIONS = 64 << 10, 256, 4  # alike in all of them; a warp gets whole granules of one partition
-BLOCK = 4  # warps: of a block of single warps, and of the block that 128 locations get
+LANES = planned("warp_size")
+BLOCK = planned("warps_per_block")  # of a block of single warps; the block that 128 locations get has as many
 TEAMS = {"Warp": "warp", "Block true": "block", "Block false": "block, unstaged", "grid": "grid"}
 TILES = {"true": "tile", "false": "tile, memories in place"}  # of a sequence's elements
-TILE_BLOCK = {"float32": 16, "float64": 8}  # warps, in csrc/cuda/plan.h
+TILE_BLOCK = {dtype: planned(f"sequence_threads_{dtype}") // LANES for dtype in ("float32", "float64")}  # warps
+RESIDENT_WARPS = planned("resident_warps")  # that the plan counts on where it gives every element a warp
 DTYPES = {"float": "float32", "double": "float64"}
 
 
@@ -54,18 +64,12 @@ class Usage(NamedTuple):
     def warps(self, architecture: str, block: int = BLOCK) -> int:
         """Resident on a multiprocessor, as far as registers and threads allow, in blocks of so many."""
         most_warps, most_blocks = LIMITS[architecture]
-        of_a_warp = -(-32 * self.registers // GRANULE) * GRANULE
+        of_a_warp = -(-LANES * self.registers // GRANULE) * GRANULE
         by_registers = REGISTERS // PARTITIONS // of_a_warp * PARTITIONS
         return min(by_registers // block, most_warps // block, most_blocks) * block
 
 
 Usages = dict[Kernel, dict[str, Usage]]  # by architecture
-
-
-def resident_warps() -> int:
-    """How many the plan counts on where it gives every element a warp."""
-    plan = (ROOT / "csrc" / "cuda" / "plan.h").read_text()
-    return int(re.search(r"constexpr Size resident_warps = (\d+);", plan)[1])
 
 
 def build_folder() -> Path:
@@ -149,7 +153,7 @@ def problems(found: Usages) -> list[str]:
             where = f"{kernel.operator}, {kernel.team}, {architecture}"
             if usage.stack or usage.spill_stores or usage.spill_loads:
                 lines.append(f"{where}: local memory: {usage}")
-            if kernel.team == "warp" and usage.warps(architecture) < resident_warps():
+            if kernel.team == "warp" and usage.warps(architecture) < RESIDENT_WARPS:
                 lines.append(f"{where}: registers for {usage.warps(architecture)} warps: {usage}")
     return lines
 
@@ -163,10 +167,10 @@ def page(found: Usages, nvcc: str) -> str:
         "tells. Written by `python benchmarks/kernel_report.py`; a test compares it with the build.",
         "",
         "For each architecture: registers of a thread, and in brackets the warps that can be resident on a "
-        f"multiprocessor as far as registers and threads allow, in blocks of {32 * BLOCK} threads, which 128 locations "
-        f"get, of a tile of {32 * TILE_BLOCK['float32']} (float64: {32 * TILE_BLOCK['float64']}). Shared memory is "
-        "asked for at launch and may allow fewer (`csrc/cuda/plan.h`, which counts on "
-        f"{resident_warps()} of the kernels of a warp); what the compiler fixed of it, like stack and spills, is in "
+        f"multiprocessor as far as registers and threads allow, in blocks of {LANES * BLOCK} threads, which 128 "
+        f"locations get, of a tile of {LANES * TILE_BLOCK['float32']} (float64: {LANES * TILE_BLOCK['float64']}). "
+        "Shared memory is asked for at launch and may allow fewer (`csrc/cuda/plan.h`, which counts on "
+        f"{RESIDENT_WARPS} of the kernels of a warp); what the compiler fixed of it, like stack and spills, is in "
         "bytes, the worst of the architectures.",
         "",
         "| a multiprocessor has | " + " | ".join(ARCHITECTURES) + " |",

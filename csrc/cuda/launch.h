@@ -1,5 +1,5 @@
-// Launching what core/element.h describes: one kernel, for whatever body and team. Nothing here waits for the device or
-// allocates on it, so a call can be captured into a graph; it runs on the caller's stream and the launch's device.
+// Launching the operators of core/element.h, all by one kernel template. Nothing here waits for the device or allocates
+// on it, so that a call can be captured into a graph; it runs on the launch's stream and device.
 #pragma once
 
 #include <cstdio>
@@ -11,8 +11,8 @@
 
 namespace ntm::cuda {
 
-// Items are strided over teams, so that any number of them is served. Each team has `scratch` numbers, in the workspace
-// where there is one, else in shared memory.
+// Of n teams in the grid, team i does items i, i + n, i + 2n, ..., so that any number of items is served. Each team has
+// `scratch` numbers: in the workspace if there is one, else in shared memory.
 template <class Team, class Body, class T = typename Body::Real>
 __global__ void __launch_bounds__(Team::max_threads, Team::min_blocks)
     for_each_item(Body body, Size items, Size scratch, T* workspace) {
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Team::max_threads, Team::min_blocks)
     }
 }
 
-// The launch's device for as long as the guard lives; the caller's again afterwards.
+// Makes the launch's device the current one; the caller's is again when the guard is destroyed.
 class DeviceGuard {
 public:
     explicit DeviceGuard(int device) {
@@ -53,7 +53,7 @@ private:
 
 inline Error failure(const char* kernel, cudaError_t status) {
     if (status == cudaSuccess) return nullptr;
-    cudaGetLastError();  // told here, so that no later call is blamed for it
+    cudaGetLastError();  // clears the error, so that no later call is blamed for it
     thread_local char text[256];
     std::snprintf(text, sizeof text, "ntm_fast: kernel %s: %s", kernel, cudaGetErrorString(status));
     return text;
@@ -72,7 +72,7 @@ inline cudaError_t limits_of(int device, Limits& limits) {
     return cudaSuccess;
 }
 
-// As it is, where a parameter's type shall not be deduced from it
+// T, in a form from which a template parameter is not deduced.
 template <class T>
 struct Given {
     using type = T;
@@ -98,8 +98,8 @@ cudaError_t enqueue(const Body& body, const Plan& plan, const Launch& launch) {
                    body.scratch(Team::staged), plan.workspace ? static_cast<T*>(launch.workspace) : nullptr);
 }
 
-// float64 is there to check gradients with: one kernel for all its sizes. And one item of a memory step keeps several
-// warps busy: it takes so much shared memory that too few single ones would fit.
+// Which kernels an operator has. float64 is there to check gradients with, so one kernel serves all its sizes. A memory
+// step has none of single warps: an item takes so much shared memory that too few of these would fit.
 template <class Body>
 constexpr bool single = sizeof(typename Body::Real) == sizeof(float);
 template <class Body>

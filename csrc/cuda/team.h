@@ -1,10 +1,10 @@
-// The GPU's Teams: a warp, several of which share a block, a group of warps, or a whole block.
+// The GPU's Teams: a warp, a group of warps, or a whole block.
 //
-// A lane's elements of a tile lie a team's width apart: neighbouring lanes touch neighbouring numbers whatever the
-// alignment, the shift and the bank, which four contiguous numbers a lane would not. What is copied in one piece, to
-// and from shared memory, goes by vectors of 16 bytes.
+// A lane's elements of a tile lie a team's size apart. So neighbouring lanes touch neighbouring numbers, whatever the
+// alignment, the shift and the bank; with four contiguous numbers to a lane they would not. Copies to and from shared
+// memory go by vectors of 16 bytes.
 //
-// Nothing here but plain CUDA C++, so that a host's compiler can take it too and tests run it without a GPU.
+// All of it is plain CUDA C++, so that a host's compiler can take it too and tests can run it without a GPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@
 #include "core/team.h"
 #include "cuda/plan.h"
 
-// Of the block; launch.h deals it out.
+// The block's shared memory; launch.h and sequence.cu deal it out.
 extern __shared__ __align__(16) unsigned char ntm_shared[];
 
 namespace ntm::cuda {
@@ -27,7 +27,7 @@ struct Mask {
     bool lane[W];
 };
 
-// W numbers with what core/ does with them: elementwise arithmetic and comparison, numbers among them standing for all.
+// W numbers, with elementwise arithmetic and comparison; a single number stands for W equal ones.
 template <class T, int W>
 struct Vector {
     T lane[W] = {};
@@ -97,7 +97,7 @@ struct Vector {
     }
 };
 
-// The accurate functions, not the fast approximations: NaN stays NaN, denormals count.
+// The accurate functions, not the fast approximations, which would lose NaN and denormals.
 template <class T>
 struct Math {
     static constexpr T tiny = std::numeric_limits<T>::min();
@@ -160,7 +160,7 @@ struct Math {
     }
 };
 
-// A lane's share of W * stride elements, of which those from n on do not exist and load as 0.
+// A lane's share of W * stride elements. Those from n on do not exist, and load as 0.
 template <class T, int W>
 struct Tile {
     using V = Vector<T, W>;
@@ -187,7 +187,7 @@ struct Tile {
     }
 };
 
-// A row's sum as one lane holds it: one number, to which it adds a tile's W at once.
+// A row's sum as one lane holds it: a single number, to which a tile's W are added at once.
 template <class T>
 struct Sum {
     T value = 0;
@@ -204,9 +204,9 @@ NTM_FN T over_warp(T x, F f) {
     return x;
 }
 
-// Sums, of Count rows S each, over the lanes that differ in bits Bit down to Last. Every exchange halves what a lane
-// still holds (6 shuffles for 4 rows over a warp, where one row after the other takes 20); then(row, sums) is called by
-// one of these lanes for every row.
+// Sums over the lanes whose numbers differ in bits Bit down to Last: S sums for each of Count rows. One of these lanes
+// then calls then(row, sums) for a row. Every exchange halves the number of rows that a lane still holds, which takes
+// 6 shuffles for 4 rows over a warp; one row after the other would take 20.
 template <int Bit, int Last, int Count, int S, class T, class F>
 NTM_FN void sum_rows(const T (&x)[Count][S], int row, F&& then) {
     const bool upper = threadIdx.x & Bit;
@@ -232,7 +232,7 @@ struct __attribute__((may_alias)) __align__(16) Bytes16 {
     unsigned word[4];
 };
 
-// What both teams share: Self provides rank() and size(), and sync().
+// What all teams share: Self provides rank(), size() and sync().
 template <class Self, class T, int W>
 struct Team {
     using Real = T;
@@ -242,10 +242,10 @@ struct Team {
 
     template <class F>
     NTM_FN void tiles(Index n, F&& f) const {
-        NTM_ROLLED  // seldom more than one turn: unrolled, it would cost registers and code for nothing
+        NTM_ROLLED  // it seldom takes more than one turn, so unrolling would only cost registers and code
         for (Index i = self().rank(); i < n; i += W * self().size()) f(Tile<T, W>{i, n, self().size()});
     }
-    // Sums of even and of odd rows: a single one would wait for itself at every row.
+    // Even and odd rows have a sum each: a single sum would have to wait for its last addition at every row.
     template <int S, class F, class G>
     NTM_FN void columns(Index m, Index n, F&& f, G&& done) const {
         tiles(n, [&](auto tile) NTM_INLINE {
@@ -286,7 +286,8 @@ struct Team {
         if (reinterpret_cast<std::uintptr_t>(from) % 16 || reinterpret_cast<std::uintptr_t>(to) % 16) vectors = 0;
         const Bytes16* source = reinterpret_cast<const Bytes16*>(from);
         Bytes16* target = reinterpret_cast<Bytes16*>(to);
-        chunks_apart<4>(vectors, [&](auto chunk) NTM_INLINE {  // all loads before the first store, which may alias
+        // All loads stand before the first store: the compiler could not move them there, because the store may alias.
+        chunks_apart<vectors_at_once>(vectors, [&](auto chunk) NTM_INLINE {
             Bytes16 bytes[chunk.count];
             unroll<chunk.count>([&](auto k) NTM_INLINE { bytes[k] = source[chunk.first + k * self().size()]; });
             unroll<chunk.count>([&](auto k) NTM_INLINE { target[chunk.first + k * self().size()] = bytes[k]; });
@@ -297,13 +298,11 @@ struct Team {
     }
 
 protected:
-    static constexpr int row_count = 4;  // rows that are summed at once
-
     // f adds a tile's share to the sums of a chunk of rows; then(row, totals) is called by one lane of every warp for
     // every row, with that warp's sums.
     template <int S, class F, class G>
     NTM_FN void rows_by_warp(Index first, Index end, Index n, F&& f, G&& then) const {
-        chunks<row_count>(end - first, [&](auto part) NTM_INLINE {
+        chunks<rows_at_once>(end - first, [&](auto part) NTM_INLINE {
             const Chunk<part.count> rows{first + part.first};
             Sum<T> sums[part.count][S];
             tiles(n, [&](auto tile) NTM_INLINE { f(rows, tile, sums); });
@@ -318,7 +317,7 @@ protected:
 private:
     NTM_FN const Self& self() const { return static_cast<const Self&>(*this); }
 
-    // As chunks(), with the elements of a chunk a team's width apart.
+    // As chunks(), but the elements of a chunk are a team's size apart.
     template <int Count, class F>
     NTM_FN void chunks_apart(Index n, F&& f) const {
         Index i = self().rank();
@@ -329,12 +328,12 @@ private:
     }
 };
 
-// One warp, with four locations a lane: 128 locations are one tile.
+// One warp; the block has several.
 template <class T>
-struct Warp : Team<Warp<T>, T, 4> {
+struct Warp : Team<Warp<T>, T, warp_numbers> {
     static constexpr bool staged = true;
-    static constexpr int max_threads = 128, min_blocks = 4;  // of a block, on a multiprocessor: at most 128 registers
-    static constexpr Size reserved = 0;      // shared numbers beside the scratch
+    static constexpr int max_threads = warps_per_block * warp_size, min_blocks = warp_blocks;  // launch bounds
+    static constexpr Size reserved = 0;  // numbers of shared memory beside the scratch
 
     NTM_FN explicit Warp(T*) {}
     NTM_FN int rank() const { return threadIdx.x % warp_size; }
@@ -354,8 +353,8 @@ struct Warp : Team<Warp<T>, T, 4> {
     }
 };
 
-// Several warps. What they have found is exchanged through shared memory, in two halves that take turns: who writes one
-// of them again has met the others once since they read it.
+// Several warps. They tell each other their sums through shared memory, in two halves that take turns: between two
+// writes to the same half there is always a barrier, so that all have read what was there.
 template <class Self, class T>
 struct Warps : Team<Self, T, 1> {
     NTM_FN T sum(typename Warps::V v) const {
@@ -367,7 +366,7 @@ struct Warps : Team<Self, T, 1> {
     template <int S, class F, class G>
     NTM_FN void rows(Index m, Index n, F&& f, G&& done) const {
         const int warps = self().size() / warp_size, warp = self().rank() / warp_size;
-        const Index most = self().half() / (S * warps);  // rows for which there is room: 16 or more
+        const Index most = self().half() / (S * warps);  // rows that fit: 16 or more
         for (Index first = 0; first < m; first += most) {
             const Index end = first + most < m ? first + most : m;
             T* place = next_half();
@@ -414,8 +413,8 @@ private:
 template <class T, bool Staged>
 struct Block : Warps<Block<T, Staged>, T> {
     static constexpr bool staged = Staged;
-    static constexpr int max_threads = 256, min_blocks = 1;
-    static constexpr Size reserved = 2 * 512;
+    static constexpr int max_threads = most_threads, min_blocks = 1;
+    static constexpr Size reserved = block_exchange;
 
     NTM_FN explicit Block(T* exchange) : Warps<Block, T>(exchange) {}
     NTM_FN int rank() const { return threadIdx.x; }
@@ -424,7 +423,7 @@ struct Block : Warps<Block<T, Staged>, T> {
     NTM_FN void sync() const { __syncthreads(); }
 };
 
-// Some warps of a block that has other work for its others; the block has several such groups, of 2^n threads.
+// Some warps of a block, 2^n threads; the block's other warps form other such groups, with work of their own.
 template <class T>
 struct Group : Warps<Group<T>, T> {
     static constexpr bool staged = true;

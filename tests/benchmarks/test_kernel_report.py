@@ -73,7 +73,7 @@ GOOD = Usage(128, 0, 0, 0, 0)
     + [(168, "sm_90", 12), (169, "sm_90", 8), (255, "sm_90", 8), (32, "sm_120", 48), (40, "sm_120", 48)],
 )
 def test_resident_warps(registers: int, architecture: str, warps: int) -> None:
-    assert Usage(registers, 0, 0, 0, 0).warps(architecture) == warps
+    assert Usage(registers, 0, 0, 0, 0).warps(architecture, block=4) == warps
 
 
 @pytest.mark.parametrize("change", [{"stack": 8}, {"spill_stores": 4}, {"spill_loads": 4}, {"registers": 200}], ids=str)
@@ -90,18 +90,18 @@ def test_problems_are_found(change: dict) -> None:
 @pytest.mark.parametrize(
     ("name", "kernel", "warps"),
     [
-        ("for_each_item<ntm::cuda::Warp<float>, ntm::Read<float>, float>(", Kernel("Read", "float32", "warp"), 4),
+        ("for_each_item<ntm::cuda::Warp<float>, ntm::Read<float>, float>(", WARP, kernel_report.BLOCK),
         (
             "through_time<ntm::cuda::SequenceBackward<double>, false, double>(",
             Kernel("SequenceBackward", "float64", "tile, memories in place"),
-            8,
+            kernel_report.TILE_BLOCK["float64"],
         ),
         (
             "through_time<ntm::cuda::SequenceForward<float>, true, float>(",
             Kernel("SequenceForward", "float32", "tile"),
-            16,
+            kernel_report.TILE_BLOCK["float32"],
         ),
-        ("pack_layer<float>(", Kernel("PackedLayer", "float32", "grid"), 4),
+        ("pack_layer<float>(", Kernel("PackedLayer", "float32", "grid"), kernel_report.BLOCK),
     ],
     ids=lambda value: str(value).split("<")[0],
 )
