@@ -17,14 +17,14 @@ NTM_PASS T key_norm(const Team& team, Index M, T eps, const T* key /*[M]*/) {
     return Team::Math::sqrt(team.sum(squares) + eps * eps);
 }
 
-// 1/B_i, as the head left them that addressed a memory before, for the next head or step that does.
+// 1/B_i. The head that addresses a memory leaves them for the next head or step that addresses the same memory.
 template <class T>
 struct Norms {
     T* inverse;  // [N]
-    bool known;  // whether they are this memory's
+    bool known;  // whether inverse holds this memory's
 };
 
-// Calls cosines(known), whether a memory's norms are, which become so; not known where none are given.
+// Calls cosines(known): whether the memory's norms are known. After it they are. Without norms, nothing is ever known.
 template <class Given, class F>
 NTM_FN void with_norms(Given norms /*Norms<T>* or nullptr*/, F&& cosines) {
     if constexpr (present<Given>)
@@ -33,8 +33,8 @@ NTM_FN void with_norms(Given norms /*Norms<T>* or nullptr*/, F&& cosines) {
     if constexpr (present<Given>) norms->known = true;
 }
 
-// Stores the cosines and, unless they are Known, 1/B_i. row(m, tile): what of row m of the memory lies there. For a
-// head that also reads, grad_reads is dr, and grad_weights grows by M_i.dr: all need the whole memory, which comes from
+// Stores the cosines and, unless they are Known, 1/B_i. row(m, tile) gives the tile of row m of the memory. For a head
+// that also reads, grad_reads is dr, and M_i.dr is added to grad_weights. All of it in one pass: the memory comes from
 // cache once.
 template <bool Known, class Team, class Row, class Reads, class T = typename Team::Real>
 NTM_FN void cosine_of_rows(const Team& team, Index N, Index M, T eps, T key_norm, Row&& row, const T* key /*[M]*/,
@@ -70,7 +70,7 @@ NTM_PASS void cosine(const Team& team, Index N, Index M, T eps, T key_norm, cons
     cosine_of_rows<Known>(team, N, M, eps, key_norm, row, key, cosine, inverse_norm, grad_reads, grad_weights);
 }
 
-// wc = softmax(beta c), where no cosine is beyond 1
+// wc = softmax(beta c). No cosine is beyond 1, so no exponent is beyond beta.
 template <class Team, class T = typename Team::Real>
 NTM_PASS void content_weights(const Team& team, Index N, T beta, const T* cosine, T* content) {
     const T scale = T(log2_e) * beta;
@@ -78,9 +78,9 @@ NTM_PASS void content_weights(const Team& team, Index N, T beta, const T* cosine
             content);
 }
 
-// From dwc to dk, dbeta and dM. dwc is overwritten with dc/(A B), cosine with dc c / B^2. grad_memory becomes
-// grad_after, which may be itself, or nullptr for 0, plus what comes from here; for a head that also reads, with dr and
-// its weights w, that is w_i dr too.
+// From dwc to dk, dbeta and dM. dwc is overwritten with dc/(A B), and cosine with dc c / B^2. grad_memory becomes
+// grad_after plus the gradient that comes through here; grad_after may be grad_memory itself, or nullptr for 0. For a
+// head that also reads, grad_reads is dr and weights are w: then w_i dr is added too.
 template <class Team, class After, class Reads = std::nullptr_t, class T = typename Team::Real>
 NTM_PASS void content_backward(const Team& team, Index N, Index M, T key_norm, const T* memory /*[M, N]*/,
                                const T* NTM_RESTRICT key /*[M]*/, T beta, const T* content /*[N]*/,

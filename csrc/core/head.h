@@ -15,7 +15,7 @@ struct Head {
     T beta, gate, gamma;
 };
 
-// What addressing leaves behind on its way, per head.
+// What the stages of a head's addressing leave for each other and for the backward, in scratch.
 template <class T>
 struct Addressing {
     T* cosine;        // [N]
@@ -36,7 +36,8 @@ struct Addressing {
     }
 };
 
-// Everything before sharpening. cosines(norm), of the key's norm, which is returned, leaves what cosine() does.
+// Everything before sharpening. cosines(norm) is called with the key's norm, to do what cosine() does; the norm is
+// returned.
 template <class Team, class Cosines, class T = typename Team::Real>
 NTM_FN T focus(const Team& team, Index N, Index M, Index K, T eps, Cosines&& cosines, const T* previous /*[N]*/,
                const Head<T>& head, const Addressing<T>& at) {
@@ -56,7 +57,7 @@ NTM_FN void address_by(const Team& team, Index N, Index M, Index K, T eps, Cosin
     sharpen(team, N, at.shifted, head.gamma, weights);
 }
 
-// Where norms are given, at was made with them.
+// If norms are given, at must have been made with them.
 template <class Team, class Given = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void address(const Team& team, Index N, Index M, Index K, T eps, const T* memory /*[M, N]*/, const T* previous,
                     const Head<T>& head, const Addressing<T>& at, T* weights /*[N]*/,
@@ -81,9 +82,9 @@ struct HeadGrads {
 
 constexpr Index address_backward_scratch(Index N, Index K) { return ring_size(N, K) + 16; }
 
-// From the weights w and their gradient, which is overwritten. grad_memory becomes grad_after, which may be itself, or
-// nullptr for 0, plus what comes from here. For a head that reads M with these weights, grad_reads is the gradient of
-// what it read.
+// From the gradient of the weights, which is overwritten. grad_memory becomes grad_after plus the gradient that comes
+// through this head; grad_after may be grad_memory itself, or nullptr for 0. If the head also reads the memory with
+// these weights, grad_reads is the gradient of what it read.
 template <class Team, class After, class Reads, class Given = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void address_backward(const Team& team, Index N, Index M, Index K, T eps, const T* memory, const T* previous,
                              const Head<T>& head, const T* weights /*[N]*/, T* grad_weights /*[N], overwritten*/,
@@ -108,7 +109,7 @@ NTM_FN void address_backward(const Team& team, Index N, Index M, Index K, T eps,
                      grad_weights, grad_after, grad_memory, grads.key, grads.beta, grad_reads, weights);
 }
 
-// k = tanh(k^) or k^: vectors of M
+// k = tanh(k^) or k^, after the clamp
 template <class Team, class T = typename Team::Real>
 NTM_FN void activate_vector(const Team& team, Index M, T clip, bool tanh, const T* raw, T* out) {
     using Math = typename Team::Math;
@@ -118,7 +119,7 @@ NTM_FN void activate_vector(const Team& team, Index M, T clip, bool tanh, const 
     });
 }
 
-// grad comes in for the activated vector and goes out for the raw one.
+// grad, the activated vector's gradient, becomes the raw one's.
 template <class Team, class T = typename Team::Real>
 NTM_FN void activate_vector_backward(const Team& team, Index M, T clip, bool tanh, const T* raw, const T* activated,
                                      T* grad) {
@@ -129,11 +130,12 @@ NTM_FN void activate_vector_backward(const Team& team, Index M, T clip, bool tan
     });
 }
 
-// What becomes of the K + 3 raw parameters that follow a head's key, beta, g, s (K), gamma: each is activated both ways
-// and beta, g and gamma are picked, one vector's work, where numbers one by one are three.
+// The K + 3 raw parameters that follow a head's key (beta, g, s (K), gamma), each activated by softplus and by sigmoid.
+// beta, g and gamma are picked from them. The whole vector takes no longer to activate than a single number would, and
+// three are needed.
 template <class T>
 struct Scalars {
-    T *positive, *squashed;  // [K + 3]
+    T *positive, *squashed;  // [K + 3]  softplus, sigmoid
 };
 
 // A head's raw parameters lie in the order k (M), beta, g, s (K), gamma.
@@ -162,7 +164,7 @@ NTM_FN HeadGrads<T> head_grads(Index M, Index K, T* grad_raw) {
     return {grad_raw, grad_raw + M, grad_raw + M + 1, grad_raw + M + 2, grad_raw + M + 2 + K};
 }
 
-// grads come in for the activated parameters and go out for the raw ones.
+// grads, of the activated parameters, become those of the raw ones.
 template <class Team, class T = typename Team::Real>
 NTM_PASS void activate_head_backward(const Team& team, Index M, Index K, T clip, bool key_tanh, const T* raw,
                                      const Head<T>& head, const Scalars<T>& scalars, const HeadGrads<T>& grads) {
@@ -175,7 +177,7 @@ NTM_PASS void activate_head_backward(const Team& team, Index M, Index K, T clip,
         tile.store(grads.shift, clamp_backward<Math>(tile.load(raw + M + 2), clip, g));
     });
     team.one([&]() NTM_INLINE {
-        // softplus, derived, is sigmoid
+        // the derivative of softplus is sigmoid
         *grads.beta = clamp_backward<Math>(raw[M], clip, *grads.beta * scalars.squashed[0]);
         *grads.gate = clamp_backward<Math>(raw[M + 1], clip, *grads.gate * head.gate * (1 - head.gate));
         *grads.gamma = clamp_backward<Math>(raw[M + 2 + K], clip, *grads.gamma * scalars.squashed[K + 2]);

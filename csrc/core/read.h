@@ -19,7 +19,8 @@ NTM_PASS void read(const Team& team, Index N, Index M, const T* memory /*[M, N]*
         [&](Index m, const T* sum) NTM_INLINE { reads[m] = sum[0]; });
 }
 
-// dw_i = M_i.dr, and grad_memory becomes grad_after, which may be itself, or nullptr for 0, plus w_i dr.
+// dw_i = M_i.dr, and grad_memory becomes grad_after plus w_i dr; grad_after may be grad_memory itself, or nullptr for
+// 0.
 template <class Team, class After, class T = typename Team::Real>
 NTM_PASS void read_backward(const Team& team, Index N, Index M, const T* memory /*[M, N]*/, const T* weights /*[N]*/,
                             const T* grad_reads /*[M]*/, After grad_after /*[M, N] or nullptr*/,

@@ -11,9 +11,9 @@ NTM_FN V raised(V shifted) {
     return Math::max(Math::tiny + V{}, shifted);
 }
 
-// Of a weighting, which sums to one, no logarithm is above 0 and the highest not far below it. So 0 is the softmax's
-// bound. The highest is looked for only where the sum shows that nearly all vanished, or that this was no weighting,
-// and where a single location is to have a weight of 1 without rounding.
+// The softmax of gamma log ws needs a bound near the highest exponent. ws sums to one, so no logarithm is above 0 and
+// the highest is not far below: the bound is 0. The highest is looked for only if the sum shows that nearly all
+// exponentials vanished or that ws did not sum to one, and for a single location, so that its weight is exactly 1.
 template <class Team, class T = typename Team::Real>
 NTM_PASS void sharpen(const Team& team, Index N, const T* shifted, T gamma, T* sharpened) {
     using Math = typename Team::Math;
@@ -30,7 +30,7 @@ NTM_PASS void sharpen(const Team& team, Index N, const T* shifted, T gamma, T* s
     divide(team, N, total, sharpened);
 }
 
-// q_i = w_i (dw_i - w.dw);  dgamma = sum q_i l_i;  dws_i = gamma q_i / ws_i where ws_i was not raised to tiny
+// q_i = w_i (dw_i - w.dw);  dgamma = sum q_i l_i;  dws_i = gamma q_i / ws_i, or 0 if ws_i was raised to tiny
 template <class Team, class T = typename Team::Real>
 NTM_PASS void sharpen_backward(const Team& team, Index N, const T* shifted, T gamma, const T* sharpened,
                                const T* grad_sharpened, T* grad_shifted, T* grad_gamma /*[1]*/) {

@@ -1,7 +1,7 @@
 // Interpolation with the previous weighting, and the circular shift.
 //
-// A ring is an array of N locations with S more on either side that repeat those of the other end, so that every
-// shift is a contiguous load. Pointers to a ring point to location 0.
+// A ring is an array of N locations with S more on either side, which repeat those of the other end. So every shift is
+// a contiguous load. Pointers to a ring point to location 0.
 #pragma once
 
 #include "core/team.h"
@@ -10,6 +10,7 @@ namespace ntm {
 
 constexpr Index ring_size(Index N, Index K) { return N + K - 1; }
 
+// Fills the S locations on either side.
 template <class Team, class T = typename Team::Real>
 NTM_FN void close_ring(const Team& team, Index N, Index K, T* ring) {
     const Index S = K / 2;

@@ -1,5 +1,5 @@
-// softmax over the locations, the last stage of content addressing and of sharpening. In powers of 2, which take fewer
-// operations than those of e: who wants these multiplies by log2(e) where it costs least.
+// softmax over the locations, the last stage of content addressing and of sharpening. It takes powers of 2, which need
+// fewer operations than powers of e: callers that want those multiply the exponents by log2(e) where that costs least.
 #pragma once
 
 #include "core/scalar.h"
@@ -20,7 +20,7 @@ NTM_FN T highest(const Team& team, Index N, F&& z) {
     return team.max(top);
 }
 
-// out_i = 2^(z_i - bound), whose sum it returns; z(tile) may read out.
+// out_i = 2^(z_i - bound); returns their sum. z(tile) may read out.
 template <class Team, class F, class T = typename Team::Real>
 NTM_FN T exponentials(const Team& team, Index N, F&& z, T bound, T* out /*[N]*/) {
     typename Team::V total{};
@@ -39,16 +39,16 @@ NTM_FN void divide(const Team& team, Index N, T total, T* x /*[N]*/) {
     team.tiles(N, [&](auto tile) NTM_INLINE { tile.store(x, inverse * tile.load(x)); });
 }
 
-// out_i = 2^z_i / sum_j 2^z_j, where no z_i is further from 0 than most. Up to 60, exponentials and their sums are far
-// from the ends of what float32 can say. The highest is looked for only beyond that, and where a single weight is to be
-// 1 without rounding.
+// out_i = 2^z_i / sum_j 2^z_j, where no z_i is further from 0 than most. If that is at most 60, exponentials and their
+// sums are far from float32's limits. The highest z_i is looked for only beyond that, and for a single location, so
+// that its weight is exactly 1.
 template <class Team, class F, class T = typename Team::Real>
 NTM_FN void softmax(const Team& team, Index N, F&& z, T most, T* out /*[N]*/) {
     const T bound = most <= 60 && N > 1 ? T(0) : highest(team, N, z);
     divide(team, N, exponentials(team, N, z, bound, out), out);
 }
 
-// The product w . dw that the gradient dz_i = w_i (dw_i - w . dw) of a softmax w needs.
+// w . dw, which the gradient of a softmax w needs: dz_i = w_i (dw_i - w . dw)
 template <class Team, class T = typename Team::Real>
 NTM_FN T dot(const Team& team, Index N, const T* w /*[N]*/, const T* dw /*[N]*/) {
     typename Team::V total{};

@@ -33,10 +33,11 @@ struct StepSizes {
 
     constexpr Size memory() const { return Size(M) * N; }
 
-    // Of a step's activated parameters, one behind the other.
+    // Numbers of a step's activated parameters, one head's behind the other's.
     constexpr Index active() const { return (R + W) * (M + K + 2 * (K + 3)) + 2 * W * M; }
 
-    // Scratch of one element: no less than an arena takes, by sums so plain that a GPU need not keep them in registers.
+    // Scratch of one element. It may be more than an arena takes: these sums are so plain that a GPU computes them anew
+    // and keeps them in no register.
     constexpr Size forward_scratch() const {
         return Size(active()) + 6 * 16 + Addressing<float>::scratch(N, K);
     }
@@ -45,8 +46,7 @@ struct StepSizes {
     }
 };
 
-// Every head's activated parameters, one after the other. All are activated before anything else is done: one waits for
-// the other nowhere.
+// Every head's activated parameters. All are activated before anything else is done, because none depends on another.
 template <class T>
 struct Activated {
     T* key;              // [R+W, M]
@@ -55,7 +55,7 @@ struct Activated {
     T* erase;            // [W, M]
     T* add;              // [W, M]
 
-    // take(n): where n numbers of them lie
+    // take(n) gives a place for n of these numbers.
     template <class Take>
     NTM_FN Activated(const StepSizes& s, Take&& take)
         : key(take((s.R + s.W) * s.M)),
@@ -94,11 +94,11 @@ struct Activated {
     }
 };
 
-// Where they lie: at given, or where that is nullptr in the arena
+// Places them at `given`, or in the arena if that is nullptr.
 template <class T, class Given>
 NTM_FN Activated<T> place_active(Arena<T>& arena, const StepSizes& s, Given given) {
     T* next = nullptr;
-    if constexpr (present<Given>) next = const_cast<T*>(given);  // which backward only reads
+    if constexpr (present<Given>) next = const_cast<T*>(given);  // where it is const, nobody writes to it
     return Activated<T>(s, [&](Index count) NTM_INLINE {
         if constexpr (!present<Given>) return arena.take(count);
         next += count;
@@ -106,7 +106,7 @@ NTM_FN Activated<T> place_active(Arena<T>& arena, const StepSizes& s, Given give
     });
 }
 
-// Both, reads first or last. In a loop, so that each is compiled once.
+// Calls both, reads first or last. It is a loop so that each is compiled once.
 template <class Reads, class Writes>
 NTM_FN void in_order(bool reads_first, Reads&& reads, Writes&& writes) {
     NTM_ROLLED
@@ -118,9 +118,9 @@ NTM_FN void in_order(bool reads_first, Reads&& reads, Writes&& writes) {
     }
 }
 
-// new_memory may be memory, and the new weights the old ones. left: where the activated parameters are left behind, of
-// size active(); else they take scratch. norms: memory's, which become new_memory's where a head that reads it makes
-// them known; nullptr where none are kept.
+// new_memory may be memory, and the new weights may be the old ones. left: the place, of size active(), where the
+// activated parameters are left for the backward; nullptr for none, then they take scratch. norms: memory's, if known,
+// and afterwards new_memory's, known if a head addressed it; nullptr if the caller keeps none.
 template <class Team, class Left = std::nullptr_t, class Given = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions& o,
                         const T* memory,                                   // [M, N]
@@ -134,7 +134,7 @@ NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions&
     const Addressing<T> at(arena, s.N, s.K, norms);
     const Index N = s.N, M = s.M, K = s.K;
     const T eps = T(o.eps);
-    // A thread alone leaves the write to the first head that reads what is written.
+    // A single thread writes in the same pass in which the first read head computes its cosines to what is written.
     const bool writes_late = Team::alone && !o.read_first && s.R > 0;
     auto read_all = [&](const T* source) NTM_INLINE {
         for (Index h = 0; h < s.R; ++h) {
@@ -168,9 +168,9 @@ NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions&
     in_order(o.read_first, [&]() NTM_INLINE { read_all(o.read_first ? memory : new_memory); }, write_all);
 }
 
-// Recomputes what lies between the inputs and the outputs, and walks back. The gradients of memory and weights may lie
-// where those of the new ones do. left: the activated parameters, where forward left them. norms: new_memory's, which
-// become memory's; nullptr where none are kept.
+// Recomputes what lies between the inputs and the outputs, and walks back. grad_memory may be grad_new_memory, and the
+// gradients of the weights may be those of the new weights. left: the activated parameters, as forward left them, or
+// nullptr. norms: new_memory's, if known, and afterwards memory's; nullptr if the caller keeps none.
 template <class Team, class Left = std::nullptr_t, class Given = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const StepOptions& o, const T* memory,
                                  const T* read_weights, const T* write_weights, const T* params, const T* new_memory,
@@ -187,7 +187,7 @@ NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const Ste
     const Index N = s.N, M = s.M, K = s.K;
     const T clip = T(o.clip), eps = T(o.eps);
 
-    // dM, the gradient of M_t on its way back to M_{t-1}, is held in grad_memory from the first pass over it on.
+    // dM is the gradient of M_t on its way back to M_{t-1}. After the first pass over it, it is in grad_memory.
     const T* dM = grad_new_memory;
     auto through_head = [&](Index h, const T* source, const T* previous, const T* weights, T* grad_weights,
                             auto grad_read, T* grad_previous) NTM_INLINE {

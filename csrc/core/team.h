@@ -1,35 +1,36 @@
-// What the mathematics asks of a group of threads that works on one batch element.
+// What the mathematics asks of a Team, the threads that work together on one batch element.
 //
-// Everything in core/ is written once, for any Team: one CPU thread whose tiles are SIMD vectors, or a CUDA warp or
-// block. A Team provides:
+// Everything in core/ is written once, for any Team: a CPU thread, whose tiles are SIMD vectors, or a CUDA warp, group
+// of warps or block. A Team provides:
 //
 //   Real, V              float or double; W of them, with elementwise arithmetic and comparison
 //   Math                 select(mask, a, b), exp, log1p, tanh, sqrt of V and of Real; exp2 and log2 of V; max and min
-//                        of two V, the second where one is NaN; multiply_add(a, b, c), a b + c of V, where c is rounded
-//                        first if it is a product; tiny, the smallest normal number, and infinity
+//                        of two V, which give the second if one is NaN; multiply_add(a, b, c), a b + c of V, where a c
+//                        that is itself a product is rounded first; tiny, the smallest normal number, and infinity
 //   tiles(n, f)          calls f(tile) for every tile of W contiguous elements of 0..n, shared out over the threads;
 //                        tile.load(p) and tile.store(p, v) move p[tile.begin ...], tile.only(v, fill) replaces the
 //                        lanes past n
 //   rows<S>(m, n, f, done)
-//                        S sums over n for every row of 0..m: calls f(block, tile, sums) for blocks of rows and tiles
-//                        of n; for every k of 0..block.count, by unroll, it adds to sums[k][0..S] what the tile
-//                        contributes to row block.first + k, through tile.only where lanes past n might count. Then
-//                        one thread calls done(row, totals) for every row. What a block's rows share is loaded once.
+//                        S sums over n for every row of 0..m. Calls f(block, tile, sums) for blocks of rows and tiles
+//                        of n. For every k of 0..block.count, by unroll, f adds to sums[k][0..S] what the tile gives
+//                        to row block.first + k; it uses tile.only if lanes past n might not give 0. Then one thread
+//                        calls done(row, totals) for every row. So f can load once what a block's rows share.
 //   columns<S>(m, n, f, done)
-//                        S sums over m for every element of 0..n: calls f(i, tile, sums) for every i of 0..m and every
-//                        tile, to add to sums[0..S] what row i contributes, then done(tile, sums)
+//                        S sums over m for every element of 0..n. Calls f(i, tile, sums) for every i of 0..m and every
+//                        tile, which adds to sums[0..S] what row i gives, then done(tile, sums)
 //   one(f)               one thread calls f()
 //   each(n, f)           calls f(i) for every i of 0..n, shared out over the threads
 //   sum(v), max(v)       over all lanes and threads; every thread gets the result
 //   ahead(n, p)          the n numbers at p are wanted soon, to be read or written: a hint, for a cache
-//   alone                whether it is one thread, which finds nothing else to do while it waits
-//   sync()               what the threads stored before is seen by all of them after
-//   staged               whether what lies far off is copied to scratch for the time of the work. in(arena, p, n) and
-//                        out(arena, p, n) are then places in scratch for the n numbers at p, else p itself; in()
-//                        fills it, to be seen after a sync(), and put(n, from, p) takes an out() to where it belongs,
-//                        after one.
+//   alone                whether it is a single thread, for which nobody else works while it waits
+//   sync()               a barrier: what a thread stored before it is seen by all threads of the team after it
+//   staged               whether arrays that lie far off are copied to scratch while they are worked on. Then in(arena,
+//                        p, n) and out(arena, p, n) give places in scratch that stand for the n numbers at p; in()
+//                        copies the numbers there, to be seen after a sync(), and put(n, from, p), after a sync(),
+//                        copies those of an out() back. Otherwise in() and out() give p, and put() does nothing.
 //
-// tiles() hands the same elements to the same thread every time, so that only what crosses tiles needs a sync().
+// tiles() gives the same elements to the same thread every time, so a sync() is needed only between passes of which one
+// reads elements that another thread stored.
 #pragma once
 
 #include <cstddef>
@@ -37,11 +38,13 @@
 #include <type_traits>
 #include <utility>
 
-// NTM_FN on every function here, and NTM_INLINE on every lambda that runs in a loop over tiles: one that is left as a
-// call would keep its caller's sums in memory. But NTM_PASS on what passes over an element's arrays: for a CPU these
-// stay functions, because all of them in one leave no registers for the addresses of its inner loops. NTM_RESTRICT on
-// the few numbers that such a pass uses for every tile: for all that a compiler knows its stores might change them, and
-// they would be loaded again each time. On a GPU, where registers are short, they may be.
+// NTM_FN        for every function here: inlined.
+// NTM_INLINE    for every lambda that runs in a loop over tiles: a call would keep its caller's sums in memory.
+// NTM_PASS      for a function that passes over an element's arrays. On a CPU it stays a function of its own: several
+//               inlined into one would leave too few registers for the addresses in their inner loops.
+// NTM_RESTRICT  for a pointer to the few numbers that a pass uses for every tile: a CPU need not load them again after
+//               each of the pass's stores. A GPU has too few registers to keep them, and may load them again.
+// NTM_ROLLED    before a loop that must not be unrolled.
 #ifdef __CUDACC__
 #define NTM_FN __device__ __forceinline__
 #define NTM_PASS __device__ __forceinline__
@@ -59,10 +62,10 @@
 namespace ntm {
 
 using Size = std::int64_t;
-using Index = std::int32_t;  // within one batch element: GPUs count faster with it
+using Index = std::int32_t;  // within one batch element; on a GPU it is the faster one
 
-// Calls f(0), f(1), ... f(Count - 1) with constants, so that what f indexes with them can stay in registers: compilers
-// decide what may before they unroll loops.
+// Calls f(0), f(1), ... f(Count - 1) with constants. An array that f indexes with them can stay in registers; one that
+// a loop indexes often cannot, because compilers decide that before they unroll loops.
 template <int... I, class F>
 NTM_FN void unroll(std::integer_sequence<int, I...>, F&& f) {
     (f(std::integral_constant<int, I>{}), ...);
@@ -72,14 +75,14 @@ NTM_FN void unroll(F&& f) {
     unroll(std::make_integer_sequence<int, Count>{}, f);
 }
 
-// Count rows or whatever else, from first on; count can be reached through a value: block.count
+// Count rows (or other things), from first on. count is a constant even through a value: block.count.
 template <int Count>
 struct Chunk {
     static constexpr int count = Count;
     Index first;
 };
 
-// Calls f(chunk) for chunks of Count, and at the end of 1, that make up 0..n.
+// Calls f(chunk) for chunks of Count, and for what remains at the end chunks of 1, that together make up 0..n.
 template <int Count, class F>
 NTM_FN void chunks(Index n, F&& f) {
     Index i = 0;
@@ -87,11 +90,12 @@ NTM_FN void chunks(Index n, F&& f) {
     for (; i < n; ++i) f(Chunk<1>{i});
 }
 
-// Whether a pointer that may be given was: std::nullptr_t where not
+// Whether an optional pointer was given. If not, its type is std::nullptr_t.
 template <class Pointer>
 constexpr bool present = !std::is_same_v<Pointer, std::nullptr_t>;
 
-// Hands out pieces of a caller's scratch memory, each aligned to 16 elements.
+// Hands out pieces of a caller's scratch memory, each aligned to 16 elements. Nothing is given back: a copy of the
+// arena, taken before, hands out the same memory again.
 template <class T>
 struct Arena {
     T* next;
@@ -105,7 +109,7 @@ struct Arena {
     }
 };
 
-// The room that pieces of these sizes take in an arena.
+// The rounded size that pieces of these sizes take in an arena.
 template <class... Sizes>
 constexpr Size room(Sizes... sizes) {
     return (0 + ... + Arena<char>::size(sizes));

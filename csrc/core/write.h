@@ -1,13 +1,13 @@
 // All erases, then all adds: M'_i = M_i prod_h(1 - w_hi e_h) + sum_h w_hi a_h.
 //
-// A head that is Alone is compiled without the loop over the others, whose registers a CPU has better use for.
+// For a head that is Alone the loop over the other heads is not compiled: a CPU has better use for its registers.
 #pragma once
 
 #include "core/content.h"
 
 namespace ntm {
 
-// What becomes of x, of row m, where the first head's weights are first.
+// What is written in place of x, a tile of row m. first: the first head's weights of that tile.
 template <bool Alone, class Team, class Tile, class T = typename Team::Real, class V = typename Team::V>
 NTM_FN V written_row(const Team&, const Tile& tile, Index H, Index N, Index M, Index m, V x, V first,
                      const T* weights, const T* erase, const T* add) {
@@ -48,7 +48,7 @@ NTM_FN void write(const Team& team, Index H, Index N, Index M, const T* memory, 
     write_heads<false>(team, H, N, M, memory, weights, erase, add, written);
 }
 
-// write() and, of what it writes, the cosines to a key and the norms: the memory comes from cache once for both.
+// write(), and the cosines to a key and the norms of what it writes: the memory comes from cache once for both.
 template <bool Alone, class Team, class T = typename Team::Real>
 NTM_PASS void write_heads_cosine(const Team& team, Index H, Index N, Index M, const T* memory, const T* weights,
                                  const T* NTM_RESTRICT erase, const T* NTM_RESTRICT add, T* written, T eps, T key_norm,
@@ -70,7 +70,8 @@ NTM_FN void write_cosine(const Team& team, Index H, Index N, Index M, const T* m
 }
 
 // One head's part of write_backward: dw_h += dM (a_h - M e_h others), de_h = -sum dM M w_h others, da_h = sum dM w_h,
-// where others = prod_{h' != h} (1 - w_h' e_h'). The last head takes dM through all the erases into grad_memory.
+// where others = prod_{h' != h} (1 - w_h' e_h'). The last head also writes grad_memory, dM multiplied by all the
+// erases.
 template <bool Alone, class Team, class T = typename Team::Real>
 NTM_PASS void write_head_backward(const Team& team, Index h, Index H, Index N, Index M, const T* memory,
                                   const T* weights, const T* NTM_RESTRICT erase, const T* NTM_RESTRICT add,
@@ -108,8 +109,8 @@ NTM_PASS void write_head_backward(const Team& team, Index h, Index H, Index N, I
         });
 }
 
-// grad_memory, the gradient of what was there before, may be grad_written itself; grad_weights is added to. Head h's
-// gradients of erase and add are at h * stride.
+// grad_memory, the gradient of the memory before the write, may be grad_written itself; grad_weights is added to. Head
+// h's gradients of erase and add begin at h * stride.
 template <class Team, class T = typename Team::Real>
 NTM_FN void write_backward(const Team& team, Index H, Index N, Index M, const T* memory /*[M, N]*/,
                            const T* weights /*[H, N]*/, const T* erase /*[H, M]*/, const T* add /*[H, M]*/,
