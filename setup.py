@@ -3,8 +3,14 @@
     NTM_CUDA=auto    the default: build the CUDA part where nvcc is found; where that fails, record why and go on
     NTM_CUDA=1       fail when the CUDA part cannot be built
     NTM_CUDA=0       do not build it
-    CMAKE_CUDA_ARCHITECTURES, CUDAARCHS or TORCH_CUDA_ARCH_LIST    the architectures to build it for
-    CXX, CUDACXX, CUDA_HOME                                        the compilers, where PATH does not lead to them
+    TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX", or CMAKE_CUDA_ARCHITECTURES or CUDAARCHS as CMake reads them
+                     the architectures to build it for; "all" is the full list, for a wheel
+    CXX, CUDACXX, CUDA_HOME
+                     the compilers, where PATH does not lead to them
+
+Without a list of architectures, the CUDA part is built for the GPUs that nvidia-smi shows. Where it shows none, the
+build holds PTX alone: it serves every GPU from compute capability 7.5 on, and the driver compiles it for the GPU at
+the first launch, once.
 
 pip hides what a build prints, so ntm_fast/_build.json keeps what was built and, for what was not, the reason:
 ``ntm-fast info`` shows it.
@@ -27,8 +33,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-# One cubin for each generation that nvcc knows, which its later minors run too, and PTX of the newest for what comes.
+# The full list: a cubin for each generation, which serves its later minors too, and PTX of the newest for what comes.
+# The first is the oldest that is supported. Its PTX serves all of them; nothing in csrc asks for a newer one.
 ARCHITECTURES = ("75", "80", "90", "100", "120")
+NVIDIA_SMI_SECONDS = 10  # it may hang where a driver is ill
 # The environment that CMake and the compilers listen to: a build folder is reused only where it is the same.
 ENVIRONMENT = re.compile(r"CMAKE_|CXX|CUDA|NVCC_|CPATH|CPLUS_|LIBRARY_PATH|LDFLAGS|PATH$|SDKROOT|MACOSX_")
 
@@ -89,31 +97,63 @@ def find_nvcc() -> str | None:
     return next(filter(None, (shutil.which("nvcc", path=place and str(place)) for place in places)), None)
 
 
+def visible_gpus() -> list[str]:
+    """The compute capabilities of this machine's GPUs, such as "90"; none where nvidia-smi does not answer.
+
+    nvidia-smi asks the driver without initialising CUDA. Where it hangs, it is left behind.
+    """
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return []
+    try:
+        answer, _ = asked.communicate(timeout=NVIDIA_SMI_SECONDS)
+    except subprocess.TimeoutExpired:
+        asked.kill()  # and no wait for its end: a process that hangs in the driver cannot be killed
+        return []
+    return sorted({major + minor for major, minor in re.findall(r"^(\d+)\.(\d)\s*$", answer, re.M)}, key=int)
+
+
+def listed_architectures(name: str, value: str) -> list[str]:
+    """What an environment variable lists, in CMake's words: each either -real (a cubin) or -virtual (PTX)."""
+    found = []
+    for item in re.split(r"[\s;,]+", value):
+        # torch writes 9.0a+PTX for a cubin with PTX, CMake 90a for the same and 90a-real for the cubin alone.
+        torch_like = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
+        cmake_like = re.fullmatch(r"(\d{2,3}[af]?)(-real|-virtual)?", item)
+        if torch_like:
+            major, minor, ptx = torch_like.groups()
+            found += [f"{major}{minor}-real"] + [f"{major}{minor}-virtual"] * bool(ptx)
+        elif cmake_like:
+            number, kind = cmake_like.groups()
+            found += [number + kind] if kind else [f"{number}-real", f"{number}-virtual"]
+        else:
+            raise CompileError(
+                f"{name}={value}: '{item}' is not an architecture such as 9.0, 9.0+PTX or 90-real; 'all' alone is the "
+                "full list"
+            )
+    return list(dict.fromkeys(found))
+
+
 def cuda_architectures(nvcc: str) -> list[str]:
-    """CMake's list of architectures, each either -real (a cubin) or -virtual (PTX). Never asks a GPU."""
-    for name in ("CMAKE_CUDA_ARCHITECTURES", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST"):
-        value = os.environ.get(name, "").strip()
-        if not value:
-            continue
-        found = []
-        for item in re.split(r"[\s;,]+", value):
-            # torch writes 9.0a+PTX for a cubin with PTX, CMake 90a for the same and 90a-real for the cubin alone.
-            torch_like = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
-            cmake_like = re.fullmatch(r"(\d{2,3}[af]?)(-real|-virtual)?", item)
-            if torch_like:
-                major, minor, ptx = torch_like.groups()
-                found += [f"{major}{minor}-real"] + [f"{major}{minor}-virtual"] * bool(ptx)
-            elif cmake_like:
-                number, kind = cmake_like.groups()
-                found += [number + kind] if kind else [f"{number}-real", f"{number}-virtual"]
-            else:
-                raise CompileError(f"{name}={value}: '{item}' is not an architecture such as 9.0, 9.0+PTX or 90-real")
-        return list(dict.fromkeys(found))
+    """CMake's list of architectures: the one asked for, else that of the visible GPUs, else PTX for all."""
+    names = ("CMAKE_CUDA_ARCHITECTURES", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST")
+    asked = {name: os.environ[name].strip() for name in names if os.environ.get(name, "").strip()}
+    name, value = next(iter(asked.items()), (None, ""))
+    if name and value.lower() != "all":
+        return listed_architectures(name, value)
     known = run(nvcc, "--list-gpu-arch").split()
-    chosen = [number for number in ARCHITECTURES if f"compute_{number}" in known]
-    if not chosen:
+    supported = [number for number in ARCHITECTURES if f"compute_{number}" in known]
+    if not supported:
         raise CommandFailed(f"{nvcc} knows none of the architectures {', '.join(ARCHITECTURES)}: {' '.join(known)}")
-    return [f"{number}-real" for number in chosen] + [f"{chosen[-1]}-virtual"]
+    if name:
+        return [f"{number}-real" for number in supported] + [f"{supported[-1]}-virtual"]
+    visible = [number for number in visible_gpus() if int(number) >= int(supported[0])]
+    cubins = [f"{number}-real" for number in visible if f"compute_{number}" in known]
+    if cubins and len(cubins) == len(visible):
+        return cubins
+    return [*cubins, f"{supported[0]}-virtual"]  # PTX also serves a GPU that is too new for this nvcc
 
 
 def tool(name: str) -> str:

@@ -37,12 +37,14 @@ extern "C" __attribute__((visibility("default"))) ntm::Error ntm_problem() {
         cudaGetLastError();
         return "this machine has no NVIDIA driver";
     }
-    // A driver runs programs of every toolkit of its own major version.
-    if (driver / 1000 < CUDART_VERSION / 1000) {
+    // A driver runs cubins of every toolkit of its own major version. It compiles PTX of no newer toolkit than itself.
+    constexpr int unit = NTM_CUBINS ? 1000 : 10;
+    if (driver / unit < CUDART_VERSION / unit) {
         std::snprintf(text, sizeof text,
                       "the NVIDIA driver supports CUDA %d.%d, and ntm_fast was built with CUDA %d.%d: update the "
-                      "driver or rebuild with an older nvcc",
-                      driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+                      "driver or rebuild with an older nvcc%s",
+                      driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10,
+                      NTM_CUBINS ? "" : ", or where the GPU is visible");
         return text;
     }
     return nullptr;
