@@ -88,7 +88,7 @@ struct Given {
     }
 };
 
-// Calls the operation or, where it is only asked for its workspace, has it say how many bytes that is.
+// Calls the operator, or only asks it for the bytes of its workspace.
 template <bool asks, class... Parameters>
 PyObject* call(const char* backend, Error (*operation)(Launch, Parameters...), PyObject* const* values,
                Py_ssize_t count) {

@@ -4,7 +4,8 @@
 // returns nullptr or the text of what went wrong. Outputs are fully overwritten. A null entry
 // means that the backend does not serve that operator.
 //
-// A new operator is a body in core/element.h, an entry in Operators<T> and a line in NTM_OPERATORS.
+// A new operator, and its backward: each a body in core/element/*.h, an entry in Operators<T> and a line in
+// NTM_OPERATORS.
 //
 // B batch, H heads of one kind, R read and W write heads, N locations, M width, K = 2S+1 shifts. For the
 // controller's gates H is the hidden size.
@@ -21,8 +22,8 @@ namespace ntm {
 using Error = const char*;
 
 // How to run: the number of CPU threads; or the CUDA device and stream, and a workspace there, for what does not fit in
-// shared memory. Where needed is not null, nothing runs and the arrays may be null: the workspace's bytes are stored to
-// it. It holds 0 before, so an operator that needs no workspace leaves it as it is.
+// shared memory. If needed is not null, nothing runs, and the arrays may be null: the number of workspace bytes is
+// stored there. It starts at 0, so an operator without a workspace leaves it.
 struct Launch {
     int threads = 1;
     int device = 0;
@@ -136,9 +137,9 @@ struct Operators {
                                 T* grad_input_gates, T* grad_hidden_gates, T* grad_hidden);
     // The whole sequence; see core/sequence.h. weights, as torch has them: for every layer weight_ih [gates, fed], of
     // the first layer [gates, I + fed], weight_hh [gates, H], bias_ih and bias_hh [gates]; then the heads' weight
-    // [P, H] and bias [P], and the output layer's [O, H + R M] and [O]. keep: leave behind what the backward needs. On
-    // CUDA, whose kernels do not take the ends (core/sequence.h), x comes in as the inputs' product, the features are
-    // left in any case, for the outputs to be made of them, and inputs and outputs are not used.
+    // [P, H] and bias [P], and the output layer's [O, H + R M] and [O]. keep: leave in the trail what backward needs.
+    // CUDA's kernels do not take the ends (core/sequence.h): inputs and outputs are not used; the trail's x holds the
+    // inputs' product before the call, and the features are always left, because the caller makes the outputs of them.
     Error (*ntm_sequence)(Launch, SequenceSizes, StepOptions, int keep,
                           const T* const* weights,
                           const T* inputs,  // [T, B, I]
@@ -152,9 +153,9 @@ struct Operators {
                                    const T* grad_outputs,  // [T, B, O]; on CUDA the features', [T, B, H + R M]
                                    SequenceState<const T> grad_final, SequenceState<T> grad_initial,
                                    SequenceGrads<T>);  // x and y may be those of the trail
-    // The gradients of the weights, as weights above, from what the backward left behind. What the first steps met is
-    // in the initial state. Where that is one for all, its gradients are summed over the batch too. Where this is not
-    // served, PyTorch does it.
+    // The gradients of the weights, in the order of weights above, from what forward and backward left. The first step
+    // was fed the initial state: if all elements share one, its gradients are summed over the batch too. A backend may
+    // leave this entry out: then PyTorch computes them.
     Error (*ntm_sequence_weight_gradients)(Launch, SequenceSizes,
                                            const T* inputs,  // [T, B, I]
                                            SequenceState<const T> initial, SequenceTrail<const T> trail,
@@ -163,7 +164,7 @@ struct Operators {
                                            SequenceState<T> sum, T* const* grad_weights);
 };
 
-// Indices within one element are 32 bit: they must count what an element touches, and eight of them for a tile.
+// Indices are 32 bit, and a sequence's tile has up to eight elements: so all numbers of eight elements must fit.
 constexpr Size most_numbers = std::numeric_limits<Index>::max() / 2;
 constexpr Error too_large = "ntm_fast: one element of the batch is too large for the native kernels";
 constexpr bool is_too_large(const SequenceSizes& s, bool backward) {
@@ -179,11 +180,11 @@ struct Family {
 constexpr unsigned with_a_body = ~unsigned(Family::sequence);
 
 template <class T>
-struct NoBody;  // of a whole sequence, for which every backend has its own function
+struct NoBody;  // for a whole sequence: every backend has its own function for it
 
-// Every operator: X(its family, its entry in Operators, its body in core/element.h, the names of its parameters after
-// the Launch). A struct's name stands for the names of its members. Where these are pointers, it comes before each of
-// them: "initial" for initial_memory, initial_read_weights ... The gradient of x is grad_x.
+// Every operator: X(its family, its entry in Operators, its body in core/element/*.h, the names of its parameters after
+// the Launch). A struct is named once; its pointer members get its name as a prefix: "initial" gives initial_memory,
+// initial_read_weights ... The gradient of x is grad_x.
 #define NTM_OPERATORS(X)                                                                                              \
     X(addressing, content_addressing, ContentAddressing, "B H N M eps memory key beta content")                       \
     X(addressing, content_addressing_backward, ContentAddressingBackward,                                             \
@@ -224,8 +225,8 @@ struct NoBody;  // of a whole sequence, for which every backend has its own func
     X(sequence, ntm_sequence_weight_gradients, NoBody,                                                                \
       "sizes inputs initial trail grad_outputs grad grad_initial sum grad_weights")
 
-// Has a table's entry done by a body of core/element.h, whose members are the entry's parameters: a backend does it
-// with Run::run(body, launch).
+// Fills a table's entry: a function that builds the operator's body (core/element.h) from the entry's parameters, and
+// lets the backend run it, by Run::run(body, launch).
 template <class Body, class Run, class... Parameters>
 void serve(Error (*&entry)(Launch, Parameters...)) {
     entry = [](Launch launch, Parameters... parameters) -> Error {
@@ -247,8 +248,8 @@ void serve_families(Operators<T>& table) {
 struct Backend {
     const char* name;  // "baseline", "x86-64-v3", "x86-64-v4", or the CUDA architectures, "80;90;120-virtual"
     bool takes_ends;   // whether its ntm_sequence multiplies inputs and features too (core/sequence.h)
-    bool bounded;      // whether it runs in memory whose limits sizes can meet: it is to be asked before a call whether
-                       // it can serve them, and for the bytes of workspace
+    bool bounded;      // whether it works in memory of a limited size. Before a call it must be asked whether the
+                       // sizes fit, and for the bytes of workspace.
     Operators<float> f32;
     Operators<double> f64;
 };

@@ -1,4 +1,4 @@
-// The parameters of the backends' functions one by one, also those in structs: how many, from where, under what names.
+// The parameters of the backends' functions one by one, with the members of structs: their number, values and names.
 //
 // C++ does not list a struct's members, but initialises them one after the other from objects that convert to any type.
 // So a parameter is built from a source that is asked for one value after the other, each of the type that is wanted:
@@ -26,7 +26,7 @@ auto takes(int) -> decltype(Struct{Members()...}, std::true_type());
 template <class Struct, class... Members>
 std::false_type takes(...);
 
-// How many members a struct has: as many as initialise it, tried one more at a time.
+// The number of members of a struct: tries to initialise it with one more at a time.
 template <class Struct, class... Some>
 constexpr std::size_t members() {
     if constexpr (decltype(takes<Struct, Some..., Anything>(0))::value)
@@ -85,7 +85,7 @@ constexpr Counter counted() {
     return counter;
 }
 
-// Words with one space between them
+// The number of words, with one space between them
 constexpr std::size_t words(std::string_view text) {
     std::size_t count = 1;
     for (char c : text) count += c == ' ';
@@ -96,8 +96,8 @@ struct Signature {
     std::vector<std::string> numbers, pointers;
 };
 
-// Notes the names of what it is asked for, told in a row. The names of a struct's members, which it tells itself, have
-// the name of the parameter in front where they are pointers: there may be two of such a struct.
+// Notes the name of every value that it is asked for. `rest` has the parameters' names; a struct has those of its
+// members. Pointer members get the parameter's name as a prefix, because two parameters may be of one struct.
 struct Namer {
     Signature& signature;
     std::string_view rest;

@@ -21,7 +21,7 @@ public:
         size = (size + page - 1) / page * page;
         {
             const std::lock_guard<std::mutex> lock(mutex);
-            // The smallest that is large enough, the last given of these, unless it is much too large.
+            // The smallest block that is large enough, unless it is much too large; among equal ones the last given.
             auto best = kept.end();
             for (auto block = kept.begin(); block != kept.end(); ++block)
                 if (block->size >= size && block->size <= size + size / 4 &&
@@ -38,7 +38,7 @@ public:
         return ::operator new(size, alignment, std::nothrow);
     }
 
-    // Keeps the block; the oldest ones go where that makes too many.
+    // Keeps the block, and frees the oldest ones if they are more than `most` bytes together.
     void give(void* memory, std::size_t size) {
         const std::lock_guard<std::mutex> lock(mutex);
         kept.push_front({memory, size});

@@ -1,4 +1,4 @@
-// Tensors for Python, and a look at Python's: in main memory, some of it from a pool, and without torch's own headers.
+// Makes tensors for Python, and looks at Python's: in main memory, some of it from a pool, without torch's own headers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -61,7 +61,7 @@ Pool& pool() {
     return *pool;
 }
 
-// A tensor in main memory that is DLPack's to hand over. Its memory comes from the pool, or from the C library.
+// A tensor in main memory, to be handed over by DLPack. Its memory comes from the pool, or from the C library.
 template <class Managed>
 struct Owned : Managed {
     std::vector<std::int64_t> sizes, strides;  // strides: none where it is contiguous
@@ -112,10 +112,10 @@ py::object pooled(std::vector<std::int64_t> sizes, bool is_double) {
     return py::reinterpret_steal<py::object>(capsule);
 }
 
-// What torch lends, from 2.10 on: to look at a tensor takes a tenth of a microsecond, and from Python one and more.
+// torch's table of C functions, from 2.10 on. With it a look at a tensor takes 0.1 us, from Python 1 us or more.
 struct Exchange {
     const DLExchange* api = nullptr;
-    std::vector<py::handle> types;  // exactly these are looked at: others may mean more than what they hold
+    std::vector<py::handle> types;  // exactly these are looked at: subclasses may change what tensors do
 };
 Exchange& exchange() {
     static Exchange exchange;
@@ -129,16 +129,17 @@ void exchange_with(py::handle table, const py::args& types) {
     while (api && api->version.major > 1) api = api->previous;
     if (!api || api->version.major != 1 || !api->show) return;
     exchange().types.clear();
-    for (py::handle type : types) exchange().types.push_back(type.inc_ref());  // never let go of
+    for (py::handle type : types) exchange().types.push_back(type.inc_ref());  // never released
     exchange().api = api;
 }
 
-// How a tensor lies; its sizes and strides follow.
+// A tensor's layout; its sizes and strides follow.
 struct Layout {
     std::int32_t ndim, bits;
 };
 
-// How float32 and float64 tensors in main memory lie, in a string to compare, and where. None if there are others.
+// The layouts of float32 and float64 tensors in main memory, in a string to compare, and their addresses. None if there
+// are others.
 py::object layouts(const py::tuple& tensors) {
     const auto& [api, types] = exchange();
     if (!api) return py::none();
@@ -170,7 +171,7 @@ py::object layouts(const py::tuple& tensors) {
     return py::make_tuple(py::bytes(found), std::move(addresses));
 }
 
-// Tensors that lie as such a string says, uninitialised, and where; from the pool if they have so many numbers.
+// Uninitialised tensors with the layouts of such a string, and their addresses; from the pool if they are large enough.
 py::tuple empty_as(const py::bytes& layouts, std::size_t pooled_from) {
     using Owner = Owned<DLManagedTensorVersioned>;
     py::list tensors, addresses;

@@ -24,7 +24,8 @@ struct Norms {
     bool known;  // whether inverse holds this memory's
 };
 
-// Calls cosines(known): whether the memory's norms are known. After it they are. Without norms, nothing is ever known.
+// Calls cosines(known), where known says whether the memory's norms are; if not, cosines computes them. Without norms
+// known is always false.
 template <class Given, class F>
 NTM_FN void with_norms(Given norms /*Norms<T>* or nullptr*/, F&& cosines) {
     if constexpr (present<Given>)

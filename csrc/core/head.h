@@ -36,8 +36,7 @@ struct Addressing {
     }
 };
 
-// Everything before sharpening. cosines(norm) is called with the key's norm, to do what cosine() does; the norm is
-// returned.
+// Everything before sharpening. cosines(norm) stands for cosine(); norm is the key's, and is returned.
 template <class Team, class Cosines, class T = typename Team::Real>
 NTM_FN T focus(const Team& team, Index N, Index M, Index K, T eps, Cosines&& cosines, const T* previous /*[N]*/,
                const Head<T>& head, const Addressing<T>& at) {
@@ -82,9 +81,9 @@ struct HeadGrads {
 
 constexpr Index address_backward_scratch(Index N, Index K) { return ring_size(N, K) + 16; }
 
-// From the gradient of the weights, which is overwritten. grad_memory becomes grad_after plus the gradient that comes
-// through this head; grad_after may be grad_memory itself, or nullptr for 0. If the head also reads the memory with
-// these weights, grad_reads is the gradient of what it read.
+// Starts from the gradient of the weights, and overwrites it. grad_memory becomes grad_after plus the gradient that
+// comes through this head; grad_after may be grad_memory itself, or nullptr for 0. If the head also reads the memory
+// with these weights, grad_reads is the gradient of what it read.
 template <class Team, class After, class Reads, class Given = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void address_backward(const Team& team, Index N, Index M, Index K, T eps, const T* memory, const T* previous,
                              const Head<T>& head, const T* weights /*[N]*/, T* grad_weights /*[N], overwritten*/,
@@ -131,8 +130,7 @@ NTM_FN void activate_vector_backward(const Team& team, Index M, T clip, bool tan
 }
 
 // The K + 3 raw parameters that follow a head's key (beta, g, s (K), gamma), each activated by softplus and by sigmoid.
-// beta, g and gamma are picked from them. The whole vector takes no longer to activate than a single number would, and
-// three are needed.
+// beta, g and gamma are picked from them. Activating the whole vector costs as much as one number.
 template <class T>
 struct Scalars {
     T *positive, *squashed;  // [K + 3]  softplus, sigmoid

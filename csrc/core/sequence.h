@@ -20,7 +20,7 @@
 //                        crew of a single thread does
 //   holds_memory         whether a staged crew copies the memories, too, to scratch
 //   scratch()            where the tile's scratch begins
-//   again(n)             n, hidden from the optimiser: what is computed from it is computed anew. A GPU would otherwise
+//   again(n)             n, hidden from the optimiser, so that results from it are computed anew. A GPU would otherwise
 //                        keep the results in registers from one phase to the next.
 #pragma once
 

@@ -1,5 +1,5 @@
-// softmax over the locations, the last stage of content addressing and of sharpening. It takes powers of 2, which need
-// fewer operations than powers of e: callers that want those multiply the exponents by log2(e) where that costs least.
+// softmax over the N locations (content addressing, sharpening) or over the K shifts. It takes powers of 2, which need
+// fewer operations than powers of e: callers that want powers of e multiply by log2(e) where that costs least.
 #pragma once
 
 #include "core/scalar.h"

@@ -7,7 +7,7 @@
 
 namespace ntm {
 
-// What a step may vary.
+// The options of a step.
 struct StepOptions {
     int read_first = 0;  // read heads address and read M_{t-1} instead of M_t
     int key_tanh = 1;    // key activation: tanh, else identity
@@ -15,7 +15,7 @@ struct StepOptions {
     double clip = 20.0;  // raw parameters are clamped to +-clip; infinity switches it off
     double eps = 1e-8;   // added, squared, to the squared norms of the cosine
 
-    // The members, as Python knows them; said by every struct that comes from there.
+    // The members' names in Python. Every struct that comes from Python has such a list.
     static constexpr const char* names = "read_first key_tanh add_tanh clip eps";
 };
 
@@ -33,11 +33,11 @@ struct StepSizes {
 
     constexpr Size memory() const { return Size(M) * N; }
 
-    // Numbers of a step's activated parameters, one head's behind the other's.
+    // The number of a step's activated parameters, of all heads.
     constexpr Index active() const { return (R + W) * (M + K + 2 * (K + 3)) + 2 * W * M; }
 
-    // Scratch of one element. It may be more than an arena takes: these sums are so plain that a GPU computes them anew
-    // and keeps them in no register.
+    // Scratch of one element. Maybe more than an arena takes, but a simple sum: a GPU recomputes it and needs no
+    // register.
     constexpr Size forward_scratch() const {
         return Size(active()) + 6 * 16 + Addressing<float>::scratch(N, K);
     }
@@ -94,7 +94,7 @@ struct Activated {
     }
 };
 
-// Places them at `given`, or in the arena if that is nullptr.
+// Places the activated parameters at `given`, or in the arena if that is nullptr.
 template <class T, class Given>
 NTM_FN Activated<T> place_active(Arena<T>& arena, const StepSizes& s, Given given) {
     T* next = nullptr;
@@ -106,7 +106,7 @@ NTM_FN Activated<T> place_active(Arena<T>& arena, const StepSizes& s, Given give
     });
 }
 
-// Calls both, reads first or last. It is a loop so that each is compiled once.
+// Calls both, in the order asked for. It is a loop so that each is compiled once.
 template <class Reads, class Writes>
 NTM_FN void in_order(bool reads_first, Reads&& reads, Writes&& writes) {
     NTM_ROLLED
@@ -118,9 +118,9 @@ NTM_FN void in_order(bool reads_first, Reads&& reads, Writes&& writes) {
     }
 }
 
-// new_memory may be memory, and the new weights may be the old ones. left: the place, of size active(), where the
-// activated parameters are left for the backward; nullptr for none, then they take scratch. norms: memory's, if known,
-// and afterwards new_memory's, known if a head addressed it; nullptr if the caller keeps none.
+// new_memory may be memory, and the new weights may be the old ones. left: a place for the activated parameters,
+// active() numbers, which the backward can use; nullptr: they take scratch. norms: in, memory's if known; out,
+// new_memory's if a head addressed it; nullptr if the caller keeps none.
 template <class Team, class Left = std::nullptr_t, class Given = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions& o,
                         const T* memory,                                   // [M, N]
@@ -170,7 +170,7 @@ NTM_FN void memory_step(const Team& team, const StepSizes& s, const StepOptions&
 
 // Recomputes what lies between the inputs and the outputs, and walks back. grad_memory may be grad_new_memory, and the
 // gradients of the weights may be those of the new weights. left: the activated parameters, as forward left them, or
-// nullptr. norms: new_memory's, if known, and afterwards memory's; nullptr if the caller keeps none.
+// nullptr. norms: in, new_memory's if known; out, memory's; nullptr if the caller keeps none.
 template <class Team, class Left = std::nullptr_t, class Given = std::nullptr_t, class T = typename Team::Real>
 NTM_FN void memory_step_backward(const Team& team, const StepSizes& s, const StepOptions& o, const T* memory,
                                  const T* read_weights, const T* write_weights, const T* params, const T* new_memory,

@@ -22,15 +22,15 @@
 //   each(n, f)           calls f(i) for every i of 0..n, shared out over the threads
 //   sum(v), max(v)       over all lanes and threads; every thread gets the result
 //   ahead(n, p)          the n numbers at p are wanted soon, to be read or written: a hint, for a cache
-//   alone                whether it is a single thread, for which nobody else works while it waits
+//   alone                whether it is a single thread: no other thread works while it waits
 //   sync()               a barrier: what a thread stored before it is seen by all threads of the team after it
 //   staged               whether arrays that lie far off are copied to scratch while they are worked on. Then in(arena,
 //                        p, n) and out(arena, p, n) give places in scratch that stand for the n numbers at p; in()
 //                        copies the numbers there, to be seen after a sync(), and put(n, from, p), after a sync(),
 //                        copies those of an out() back. Otherwise in() and out() give p, and put() does nothing.
 //
-// tiles() gives the same elements to the same thread every time, so a sync() is needed only between passes of which one
-// reads elements that another thread stored.
+// tiles() gives the same elements to the same thread every time, so a sync() is needed only between two passes where
+// one reads elements that another thread stored.
 #pragma once
 
 #include <cstddef>

@@ -32,7 +32,7 @@ struct Math<float> {
     NTM_FN static float select(bool mask, float a, float b) { return mask ? a : b; }
     NTM_FN static V select(I mask, V a, V b) { return mask ? a : b; }
 
-    // One instruction each, which GCC does not find; unmasked, GCC 12 warns of itself.
+    // One instruction each, which GCC does not find by itself. AVX-512 in masked form: GCC 12 warns of the other.
 #if defined(__AVX512F__)
     NTM_FN static V max(V a, V b) { return (V)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
     NTM_FN static V min(V a, V b) { return (V)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
@@ -47,7 +47,7 @@ struct Math<float> {
     NTM_FN static V min(V a, V b) { return a < b ? a : b; }
 #endif
 
-    // Left to the compiler, which of two products is rounded first would not be everywhere the same.
+    // Says which of two products is rounded first: the compiler would not choose the same one everywhere.
 #if defined(__AVX512F__)
     NTM_FN static V multiply_add(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 #elif defined(__FMA__)
@@ -149,7 +149,7 @@ struct Math<float> {
         return select(x < infinity, (low + f) + n * 0x1.62e4p-1f, x);  // infinity and NaN stay
     }
 
-    // for 0 <= u <= 1: log(1 + u) with what the rounding of 1 + u lost given back
+    // for 0 <= u <= 1: log(1 + u), corrected for the rounding of 1 + u
     NTM_FN static V log1p(V u) {
         const V w = 1.0f + u;
         return log(w) + (u - (w - 1.0f)) / w;

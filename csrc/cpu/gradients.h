@@ -13,7 +13,7 @@
 namespace ntm::cpu {
 namespace {
 
-constexpr Size gradient_rows = 128;  // at a time: the gradients of so many outputs stay in the second-level cache
+constexpr Size gradient_rows = 128;  // at a time: their gradients stay in the second-level cache
 
 // The gradients of a sequence's weights, from what forward and backward wrote. Every thread has a share of the outputs
 // of every weight, so that the order of a sum does not depend on the number of threads.
@@ -31,9 +31,9 @@ struct WeightGradients {
     Size share, shares;
     T* sums;  // scratch
 
-    Size rows() const { return s.T * s.B; }  // of every step and element one
+    Size rows() const { return s.T * s.B; }  // one for every step and element
 
-    // The outputs of the widest weight that a thread has, and the most that one of them is fed.
+    // A thread's outputs of the widest weight, times the most numbers that an output is fed.
     static Size scratch(const SequenceSizes& s, Size shares) {
         const Size outputs = (std::max<Size>({s.gates(), s.step.params(), s.O}) / lanes<T> / shares + 2) * lanes<T>;
         return outputs * (std::max<Size>(s.I + s.read_size(), s.H) + s.H + 1);
@@ -53,7 +53,7 @@ private:
     using Two = std::array<Columns<T>, 2>;
     static constexpr T one = 1;
 
-    // What outputs were fed through, from row n on
+    // What outputs were fed, from row n on
     static Columns<T> ones() { return {&one, 0, 1}; }  // what a bias is fed
     Columns<T> features(Size n) const { return {trail.features + n * s.features(), s.features(), s.features()}; }
     Columns<T> hidden(Size l, Size n) const {
@@ -79,7 +79,7 @@ private:
         T* grad;  // [outputs, columns]
         Size columns;
     };
-    // The gradients of everything that grad's outputs were fed through, from what fed(n) says it was from row n on.
+    // The gradients of all weights of some outputs. grad: of the outputs; fed(n): what they were fed, from row n on.
     template <class Fed>
     void gradients(Size outputs, const T* grad, Fed fed, std::initializer_list<Target> targets) const {
         const Size first = first_of(outputs, share), count = first_of(outputs, share + 1) - first;

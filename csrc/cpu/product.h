@@ -11,7 +11,7 @@
 
 namespace ntm::cpu {
 
-// Vectors of a panel: as many as keep multiply-adds from waiting for each other, for the rows that are taken at a time.
+// Vectors of a panel: enough that multiply-adds do not wait for each other, with as many rows as row_blocks() takes.
 // AVX-512 has 32 registers for their sums, others 16.
 constexpr int panel_vectors = register_bytes == 64 ? 2 : 3;
 
@@ -30,9 +30,9 @@ struct Columns {
     Size stride, count;
 };
 
-// Of the numbers of two vectors, or of groups of Size in a row: within 16 bytes, those of the lower halves in turns, or
-// the upper; or over all, the even or odd 16 bytes of one and then of the other. All are single instructions, which a
-// swap of a's upper with b's lower numbers often is not.
+// Two ways to mix two vectors, each a single instruction. in_turns interleaves groups of Size numbers within every 16
+// bytes, from the lower or the Upper halves: of a0 a1 a2 a3 and b0 b1 b2 b3 it makes a0 b0 a1 b1 or a2 b2 a3 b3, with
+// Size 2 a0 a1 b0 b1. every_other takes the even or the Odd 16 bytes of a, then those of b.
 template <int Size, bool Upper, class T, int... J>
 NTM_FN Vector<T, lanes<T>> in_turns(Vector<T, lanes<T>> a, Vector<T, lanes<T>> b, std::integer_sequence<int, J...>) {
     constexpr int Q = 16 / sizeof(T);
@@ -83,8 +83,8 @@ NTM_FN void transpose(Vector<T, lanes<T>> (&rows)[lanes<T>]) {
     });
 }
 
-// Calls f(v, j, vector) for every column j of a matrix and, by constants, v up to Vectors: the column's numbers in the
-// v-th as many rows from begin on as a vector has lanes, 0 past the last row. Rows are stride numbers apart.
+// Calls f(v, j, vector) for every column j of a matrix and every constant v < Vectors. vector has the column's numbers
+// in rows begin + v * lanes on, one row a lane, 0 past the last row. Rows are stride numbers apart.
 template <int Vectors = 1, class T, class F>
 NTM_FN void across(Size rows, Size begin, Size columns, const T* from, Size stride, F&& f) {
     using V = Vector<T, lanes<T>>;
@@ -117,8 +117,8 @@ inline void transpose(Size rows, Size columns, const T* from, Size from_stride, 
     });
 }
 
-// Panel p of a weight [K, C] holds columns p * panel_width on, row by row, 0 past C. What is packed is stored
-// [rows, columns], a row every stride numbers. As the transpose, C = rows: these columns are k = first on.
+// Packs a weight [K, C]: panel p holds columns p * panel_width on, row by row, 0 past C. It is stored [rows, columns],
+// rows stride numbers apart. Here it is stored transposed, C = rows: its columns are k = first on.
 template <class T>
 inline void pack_transposed(Size rows, Size columns, const T* from, Size stride, Size K, Size first, T* packed) {
     for (Size begin = 0; begin < (rows + panel_width<T> - 1) / panel_width<T> * panel_width<T>; begin += lanes<T>) {
@@ -128,10 +128,10 @@ inline void pack_transposed(Size rows, Size columns, const T* from, Size stride,
     }
 }
 
-// As it is, K = rows: these columns are c = first on.
+// The same for a weight that is not stored transposed, K = rows: its columns are c = first on.
 template <class T>
 inline void pack(Size rows, Size columns, const T* from, Size stride, Size first, T* packed) {
-    for (Size c = first, end; c < first + columns; c = end) {  // of each panel, what these columns are of it
+    for (Size c = first, end; c < first + columns; c = end) {  // the part of each panel that these columns fill
         const Size place = c % panel_width<T>;
         end = std::min(c - place + panel_width<T>, first + columns);
         T* to = packed + (c - place) * rows + place;
@@ -149,7 +149,7 @@ inline void pad(Size K, Size C, T* packed) {
     for (Size k = 0; k < K; ++k) std::fill_n(panel + k * panel_width<T> + place, panel_width<T> - place, T(0));
 }
 
-// row[c ...] += sum, as far as there are C columns
+// row[c ...] += sum, up to column C
 template <class T>
 NTM_FN void add_to(T* row, Index c, Size C, Vector<T, lanes<T>> sum) {
     if (c + lanes<T> <= C) {
@@ -192,8 +192,8 @@ NTM_FN void row_blocks(Size n, F&& f) {
     blocks(std::integral_constant<int, 1>{});
 }
 
-// out[e, c] += sum_k in[e, k] weight[k, c]. A single row takes 4 panels at a time, so many that no sum waits for the
-// one before it; the columns after these go by one panel, and at the end by as many vectors as are begun.
+// out[e, c] += sum_k in[e, k] weight[k, c]. A single row takes 4 panels at a time, so that no addition waits for the
+// one before it; then one panel at a time, and at the end only the vectors that have columns.
 template <class T>
 inline void product(Size E, Size K, Size C, const T* in, const T* packed, T* out) {
     row_blocks(E, [&](auto rows, Size e) NTM_INLINE {
@@ -215,9 +215,8 @@ inline void product(Size E, Size K, Size C, const T* in, const T* packed, T* out
     });
 }
 
-// out[c] += sum_k in[k] weight[c, k], of weights as they are stored, side by side: the same sums in the same order, of
-// the vectors that packing would store. Three sums in turns, where transposing does not take longer than one waits for
-// itself.
+// out[c] += sum_k in[k] weight[c, k], of weights as they are stored, side by side, not packed. The sums are those of
+// product(), in the same order. Narrow vectors take three sums in turns: one alone would wait for its last addition.
 template <class T, class Weights>
 inline void product_unpacked(Size C, const T* in, const Weights& weights, T* out) {
     constexpr int vectors = register_bytes == 64 ? 1 : 3;
@@ -233,18 +232,18 @@ inline void product_unpacked(Size C, const T* in, const Weights& weights, T* out
     }
 }
 
-// What the gradient of a weight grows by, transposed: sums[c, g] += sum_n fed[n, c] x[n, g], where fed is several
-// matrices side by side, and x, a row every stride numbers, has the gradients of the outputs. The vectors are x's:
-// gates fill them more often than what is fed does, and neither has to be packed.
+// Adds to the gradient of a weight, transposed: sums[c, g] += sum_n fed[n, c] x[n, g]. fed is several matrices side by
+// side; x has the gradients of the outputs, rows stride numbers apart. Vectors go along x, because gates fill them
+// better than what is fed does, and neither has to be packed.
 template <class T, class Fed>
 inline void add_weight_gradient(Size N, Size outputs, const T* x, Size stride, const Fed& fed, T* sums) {
     Size all_columns = 0;
     for (const Columns<T>& columns : fed) all_columns += columns.count;
     auto grow = [&](auto vectors, Index first, auto x_of) NTM_INLINE {
         T* out = sums;
-        // What comes next is fetched a share at each block: rows are too far apart for the processor to foresee them,
-        // and all at once would wait for each other. Next are the vectors of x beside these and, in N more rows, what
-        // is fed.
+        // Each block fetches ahead a share of what comes next: rows are too far apart for the processor to foresee
+        // them, and all at once would wait for each other. Next are the vectors of x beside these, and N more rows of
+        // what is fed.
         const Size after = std::min<Size>(first + vectors * lanes<T>, outputs);
         const T* next = after < outputs ? x + after : x + N * stride;
         const Size fed_from = N + N * first / outputs, fed_to = N + N * after / outputs;

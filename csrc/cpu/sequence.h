@@ -12,11 +12,11 @@
 namespace ntm::cpu {
 namespace {
 
-// How many memories of an element a step works on: itself, or what it was before and after, and its gradient.
+// Memories of an element that a step works on: forward one; backward those before and after the step, and the gradient.
 constexpr Size forward_memories = 1, backward_memories = 3;
 
-// Elements that share a pass over the weights: fewer where more memories would crowd the second-level cache, and one
-// where its own fill it, unless the weights are larger than one of these.
+// Elements of a tile, which share a pass over the weights: fewer if their memories would not fit the second-level
+// cache; one if its own fill that cache, unless the weights are larger than a memory.
 template <class T>
 constexpr Size sequence_tile(const SequenceSizes& s, Size memories) {
     const Size bytes = s.memory() * sizeof(T);
@@ -49,8 +49,8 @@ struct ThreadCrew {
 };
 constexpr SequenceStaging in_place = {false, true, false, 1};
 
-// Calls f(crew, first, count) for tiles of the batch, at most so large and of nearly the same size, as many on every
-// thread.
+// Calls f(crew, first, count) for tiles of the batch, of at most `most` elements and nearly the same size, the same
+// number of tiles for every thread.
 template <class T, class F>
 Error sequence_tiles(const SequenceSizes& s, Size most, Size scratch, const Launch& launch, F f) {
     if (s.B == 0) return nullptr;

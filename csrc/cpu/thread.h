@@ -79,8 +79,8 @@ private:
 #endif
 };
 
-// Whether what a tile of elements has fetched ahead for its next step, some 48 KB, is best fetched to the first-level
-// cache: measured, with 48 KB it is, with 32 KB it crowds out what is worked on. So it is where nobody tells the size.
+// Whether to fetch ahead to the first-level cache. A tile fetches some 48 KB for its next step. Measured: that is best
+// if this cache has 48 KB; if it has 32 KB, they crowd out what is worked on. An unknown size counts as large.
 inline const bool large_first_cache = [] {
 #ifdef _SC_LEVEL1_DCACHE_SIZE
     const long size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
@@ -108,7 +108,7 @@ struct Thread {
         chunks<4 / S>(m, [&](auto block) NTM_INLINE { rows_of<S>(block, n, f, done); });
     }
 
-    // Four tiles at a time share what f loads for a row, and their sums need not wait for themselves.
+    // Four tiles at a time share what f loads for a row, and no sum waits for its own last addition.
     template <int S, class F, class G>
     NTM_FN void columns(Index m, Index n, F&& f, G&& done) const {
         constexpr int block = 4 * lanes<T>;

@@ -32,7 +32,7 @@ inline Vector<T, lanes<T>> map(Vector<T, lanes<T>> x, F f) {
     return x;
 }
 
-// Half of v. Copied out through memory instead, it would make the compiler keep the sums themselves in memory.
+// Half of v. A copy through memory would make the compiler keep the sums themselves in memory.
 template <int Begin, class T, int W, int... I>
 NTM_FN Vector<T, W / 2> half(Vector<T, W> v, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(v, v, (Begin + I)...);
@@ -48,8 +48,8 @@ NTM_FN Vector<T, W> crossed(Vector<T, W> v, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(v, v, (I ^ Distance)...);
 }
 
-// v folded to one number by halves: f is a sum or a maximum of two vectors. The last 16 bytes stay a whole vector:
-// of two numbers GCC would make a horizontal sum, which takes longer.
+// v folded to one number by halves: f is a sum or a maximum of two vectors. The last 16 bytes stay a whole vector: for
+// two numbers GCC would make a horizontal sum, which takes longer.
 template <class T, int W, int Distance = W / 2, class F>
 NTM_FN T fold(Vector<T, W> v, F f) {
     if constexpr (Distance == 0) {
@@ -62,7 +62,7 @@ NTM_FN T fold(Vector<T, W> v, F f) {
     }
 }
 
-// Of what is added at Distance in a and in b, blocks of twice that, the sums: a's in the lower half, b's in the upper
+// In every block of 2 * Distance numbers its lower half plus its upper half: first a's sums, then b's
 template <int Distance, class T, int W, int... J>
 NTM_FN Vector<T, W> added(Vector<T, W> a, Vector<T, W> b, std::integer_sequence<int, J...>) {
     constexpr auto place = [](int j) {
@@ -82,9 +82,9 @@ NTM_FN void sum_four(const Vector<T, W> (&v)[4], T (&sums)[4]) {
     unroll<4>([&](auto k) NTM_INLINE { sums[k] = x[k * (W / 4)]; });
 }
 
-// The first count < W numbers at p, and 0 past them, by halves: GCC would call memcpy for a loop. AVX2's masked stores,
-// too, take many times as long on some processors; its masked loads do not, and without branches the same products and
-// sums are fused before and after them as everywhere.
+// The first count < W numbers at p, and 0 past them, by halves: for a loop GCC would call memcpy. AVX2, too, stores
+// this way, because its masked stores are slow on some processors. Its masked loads are fast and have no branches, so
+// the compiler fuses the same products and sums as for whole vectors.
 template <int W, class T>
 NTM_FN Vector<T, W> load_first(const T* p, int count) {
     if constexpr (W == 2) {

@@ -11,14 +11,14 @@
 namespace ntm::cpu {
 namespace {
 
-// One that multiplies: packed or, where it is used only once, as it is stored, in columns side by side
+// A weight to multiply by: packed; or, if it is used only once, as it is stored, in columns side by side
 template <class T>
 struct SequenceWeight {
     const T* packed;
     std::array<Columns<T>, 2> stored;
 };
 
-// The weights of a whole sequence, for one direction, and its biases. All are packed but for one step of one element.
+// The weights of a whole sequence, for one direction, and its biases. Forward, one step of one element is not packed.
 template <class T>
 struct PackedSequence {
     const Scratch<T, 1> storage;

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Team::max_threads, Team::min_blocks)
     }
 }
 
-// Makes the launch's device the current one; the caller's is again when the guard is destroyed.
+// Makes the launch's device the current one; the destructor restores the caller's.
 class DeviceGuard {
 public:
     explicit DeviceGuard(int device) {
@@ -72,7 +72,7 @@ inline cudaError_t limits_of(int device, Limits& limits) {
     return cudaSuccess;
 }
 
-// T, in a form from which a template parameter is not deduced.
+// T, in a form that lets no argument decide what T is.
 template <class T>
 struct Given {
     using type = T;
@@ -99,7 +99,7 @@ cudaError_t enqueue(const Body& body, const Plan& plan, const Launch& launch) {
 }
 
 // Which kernels an operator has. float64 is there to check gradients with, so one kernel serves all its sizes. A memory
-// step has none of single warps: an item takes so much shared memory that too few of these would fit.
+// step has no kernel of warps: an item takes so much shared memory that too few warps would fit.
 template <class Body>
 constexpr bool single = sizeof(typename Body::Real) == sizeof(float);
 template <class Body>

@@ -1,5 +1,6 @@
-// How the items of an operator are dealt out to a device: the only place where sizes meet the device's limits, and
-// where the numbers are that may be tuned. Host code without CUDA, so that tests can ask it anything.
+// How the items of an operator are dealt out to a device: only here sizes meet the device's limits, and here are the
+// numbers of a launch that may be tuned. (The packed format is in product.h. Python has its own: LARGEST_HIDDEN in
+// engines/choose.py; CAPTURED_AT, KEYS, SHARE in engines/graphs.py.) Without CUDA, so that tests can ask it anything.
 #pragma once
 
 #include "core/sequence.h"
@@ -14,19 +15,19 @@ constexpr Size most_blocks = (Size(1) << 31) - 1;  // of a grid
 //
 // A warp to an item:
 constexpr int warps_per_block = 4;
-constexpr int warp_blocks = 4;       // blocks of such warps that the registers of a multiprocessor must be enough for
+constexpr int warp_blocks = 4;       // blocks of such warps for which a multiprocessor must have registers
 constexpr Size resident_warps = 12;  // on a multiprocessor, so that some can work while others wait for memory
-constexpr Size widest_of_warp = 256;  // numbers for which a warp is enough
-constexpr int warp_numbers = 4;      // that a lane takes at a time: 128 locations are one tile of a warp
+constexpr Size widest_of_warp = 256;  // numbers of the widest loop for which a warp is enough
+constexpr int warp_numbers = 4;      // numbers of a lane at a time: 128 locations are one tile of a warp
 // A block to an item:
 constexpr int most_threads = 256;
-constexpr Size block_exchange = 2 * 512;  // numbers in shared memory through which its warps tell each other sums
-constexpr int workspace_blocks = 2;       // to a multiprocessor, where each has scratch in the workspace
+constexpr Size block_exchange = 2 * 512;  // numbers in shared memory, for exchanging sums between warps
+constexpr int workspace_blocks = 2;       // of a multiprocessor, if their scratch is in the workspace
 // Any team:
 constexpr int rows_at_once = 4;     // rows whose sums are added up side by side
 constexpr int vectors_at_once = 4;  // of 16 bytes, that a thread copies at a time
 // A block to a tile of a sequence's elements:
-constexpr int most_elements = 8;  // of a tile: a product's sums that a thread holds at once
+constexpr int most_elements = 8;  // of a tile: a thread holds a product's sums for all of them
 // Threads of the block, which has a multiprocessor for itself: two blocks would read the weights twice. There are as
 // many as there are registers for.
 constexpr int sequence_threads_float32 = 512;
@@ -78,7 +79,7 @@ struct Kernels {
 
 constexpr Plan plan(const Demand& d, const Limits& limits, const Kernels& kernels) {
     const Size reserved = d.reserved * d.real;
-    // A warp to an item, if there are enough items for every multiprocessor, which has room for their scratch.
+    // A warp to an item, if there are enough items for every multiprocessor and it has room for their scratch.
     const Size of_warps = warps_per_block * d.staged * d.real;
     const Size fitting = limits.shared_per_multiprocessor / (of_warps + limits.shared_reserved) * warps_per_block;
     if (kernels.warps && d.width <= widest_of_warp && of_warps <= limits.shared_per_block &&
@@ -108,7 +109,7 @@ struct SequencePlan {
 constexpr int sequence_threads(Size real) {
     return real == sizeof(float) ? sequence_threads_float32 : sequence_threads_float64;
 }
-// Through these numbers a group's warps tell each other sums: two halves, each with a number for every thread.
+// Numbers through which a group's warps exchange sums: two halves, each with a number for every thread.
 constexpr Size exchange_room(int group) { return room(2 * group); }
 
 constexpr SequencePlan sequence_tile(const SequenceSizes& s, bool backward, Size real, int elements, bool holds) {

@@ -61,7 +61,7 @@ struct __attribute__((may_alias)) __align__(16) Quad {
     T number[quad] = {};
 };
 
-// For at most Count elements. K and C count in Index: a row is in shared memory.
+// For at most Count elements. Index is wide enough for K and C, because a row is in shared memory.
 template <int Count, class T>
 NTM_FN void product(Index E, Index K, Index C, const T* in, const T* packed, T* out) {
     const int lane = threadIdx.x % warp_size, column = lane % panel_width, part = lane / panel_width;

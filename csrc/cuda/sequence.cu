@@ -24,7 +24,7 @@ struct BlockCrew {
     NTM_FN static constexpr Size slots(Size E) { return E; }
 
     Group<T> group;
-    Index exchange;  // numbers of shared memory that all groups' exchange takes; the scratch follows
+    Index exchange;  // numbers of shared memory for the exchange of all groups; the scratch follows
 
     NTM_FN T* scratch() const { return reinterpret_cast<T*>(ntm_shared) + exchange; }
     NTM_FN Index again(Index n) const { return forget(n); }
@@ -96,14 +96,14 @@ __global__ void __launch_bounds__(sequence_threads(sizeof(T)), sequence_blocks)
     body(crew, first, E, weights, segments);
 }
 
-// What is packed of a layer, or of the heads, which have one product and no bias of this kind.
+// What a launch packs: a layer, or the heads, which have one product and no biases to add up.
 template <class T>
 struct PackedLayer {
     Packing<T> first, second;          // the second, where there are two products
     const T *bias_ih, *bias_hh;        // [gates]  where there is one product,
     T* bias;                           // [gates]  their sum
     Size gates;
-    LayerWeights<T> weights, *place;   // what to tell of it, and the place in the workspace to write that to
+    LayerWeights<T> weights, *place;   // where it is packed, and the place in the workspace to write that to
 };
 
 template <class T>
@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(pack_threads) pack_layer(PackedLayer<T> layer)
     if (thread == 0 && layer.place) *layer.place = layer.weights;
 }
 
-// All weights, packed for one direction, in the caller's workspace. Without a workspace, and perhaps without weights,
-// it only counts the numbers.
+// All weights, packed for one direction, in the caller's workspace. Without a workspace it only counts the numbers, and
+// needs no weights.
 template <class T>
 class PackedSequence {
 public:

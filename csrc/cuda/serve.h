@@ -1,4 +1,4 @@
-// Each has the operators of one family served, in the file of the family's name.
+// Each fills in the operators of one family. It is in the file of the family's name.
 #pragma once
 
 #include "operators.h"

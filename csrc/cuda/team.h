@@ -353,8 +353,8 @@ struct Warp : Team<Warp<T>, T, warp_numbers> {
     }
 };
 
-// Several warps. They tell each other their sums through shared memory, in two halves that take turns: between two
-// writes to the same half there is always a barrier, so that all have read what was there.
+// Several warps. They exchange sums through shared memory, in two halves that take turns: between two writes to the
+// same half there is always a barrier, so that all have read what was there.
 template <class Self, class T>
 struct Warps : Team<Self, T, 1> {
     NTM_FN T sum(typename Warps::V v) const {

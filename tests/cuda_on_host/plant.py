@@ -1,4 +1,4 @@
-"""Faults in a copy of the kernels. Each sleeps until the program is told its number, which is its place in FAULTS."""
+"""Faults in a copy of the kernels. None is active until the program is told its number: its place in FAULTS, from 1."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from . import build
 
-# Where, what stands there, once, and what stands in the copy: PLANTED("name") is 1 where that fault was called, else 0.
+# File, text that stands in it once, and the text that replaces it in the copy. PLANTED("name") is 1 while that fault is
+# active, else 0.
 SITES = [
     (
         "cuda/team.h",
@@ -124,5 +125,5 @@ def plant(copy: Path) -> None:
         assert text.count(right) == 1, f"{file} has {text.count(right)} times the place of a planted fault: {right}"
         wrong = re.sub(r'PLANTED\("(.*?)"\)', lambda fault: _numbered(fault[1]), wrong)
         (copy / file).write_text(text.replace(right, wrong))
-    for path in copy.rglob("*.h"):  # in front of the first line, so that lines keep their numbers
+    for path in copy.rglob("*.h"):  # on the first line, so that line numbers stay as they are
         path.write_text("extern int ntm_planted;  " + path.read_text())

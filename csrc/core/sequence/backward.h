@@ -5,15 +5,15 @@
 
 namespace ntm {
 
-// How a tile's scratch is used on the way back: [E, ...] each, but for inner and dreads, of which every slot has its
-// own. Names with a d in front are gradients.
+// How a tile's scratch is used on the way back. Each is [E, ...]; inner and dreads are one per slot. Names with a d in
+// front are gradients.
 //
-// A staged crew works on the gradients of the gates and of the raw head parameters aside, here, and fetches what it
-// reads more than once. Others do both where these are.
+// A staged crew keeps the gradients of the gates and of the raw head parameters aside, here, and copies here what it
+// reads more than once. Other crews work where these are.
 template <class T>
 struct SequenceBackwardFrame {
     T *inner, *dreads;       // a memory step's scratch and the gradient of what it read
-    T *dhidden, *dbelow;     // of a layer's hidden state and of the next one's below, which change places
+    T *dhidden, *dbelow;     // of a layer's hidden state and of that of the layer below; they take turns
     T* joined;               // of what was joined for a layer's product
     T* dfeatures;
     T* norms;                // of the memories' rows, from one step to the one before
@@ -55,7 +55,7 @@ struct SequenceBackwardFrame {
     }
 };
 
-// What sequence_backward() is about, and its phases, which all work on step t.
+// sequence_backward()'s arguments and its phases, which all work on step t.
 template <class Crew, class Weight, class T = typename Crew::Real>
 struct SequenceBackwardPass : ElementSizes {
     using Frame = SequenceBackwardFrame<T>;
@@ -78,9 +78,9 @@ struct SequenceBackwardPass : ElementSizes {
 
     const Frame laid_once = laid(E);
     Index t = s.T - 1;
-    bool normed = false;  // whether frame().norms are those of the memories that step t left: of all elements alike
-    // Step t is in the segment from begin to end, before whose first step memory number `kept` was kept; number 0 is
-    // the initial one.
+    bool normed = false;  // whether frame().norms belong to the memories that step t left; the same for all elements
+    // Step t is in the segment of steps from begin to end. Memory number `kept` is the one before step begin; number 0
+    // is the initial one.
     Index kept = (s.T - 1) / s.every, begin = kept * s.every, end = s.T;
 
     NTM_FN SequenceBackwardPass(const Crew& crew, const SequenceSizes& s, const StepOptions& o, Size first, Index E,
@@ -108,7 +108,7 @@ struct SequenceBackwardPass : ElementSizes {
                 multiply_layer(l);
                 crew.sync();
                 hand_on(l);
-                // The layer below has rows of another length: one may lie where another element's was.
+                // The layer below has rows of another length: its writes may meet another element's old row.
                 crew.sync();
             }
         }
@@ -141,9 +141,9 @@ struct SequenceBackwardPass : ElementSizes {
     NTM_FN T* dy_out(Index l) const { return at(s, out.y, G, l, t, first); }
     NTM_FN T* dx_of(const Frame& f, Index l) const { return aside ? f.dx : dx_out(l); }
     NTM_FN T* dy_of(const Frame& f, Index l) const { return aside ? f.dy : dy_out(l); }
-    // Of a layer's hidden state after step t. A layer's own and that of the layer below it change places.
+    // The gradient of a layer's hidden state after step t. It takes turns with that of the layer below.
     NTM_FN T* dhidden_of(const Frame& f, Index l) const { return (s.L - 1 - l) % 2 ? f.dbelow : f.dhidden; }
-    // Of what a layer was fed: the reads, or the layer below's hidden state.
+    // The gradient of what a layer was fed: the reads, or the layer below's hidden state.
     NTM_FN T* dfed_of(const Frame& f, Index l) const {
         return !l ? f.grad.reads : (s.L - 1 - l) % 2 ? f.dhidden : f.dbelow;
     }
@@ -157,8 +157,7 @@ struct SequenceBackwardPass : ElementSizes {
         return segment + (e * s.every + step - begin) * MN;
     }
 
-    // Of an array that has n numbers for every element and step, those at place are in use: fetches those of `back`
-    // steps before.
+    // place is in an array with n numbers for every element and step: fetches those of `back` steps before.
     template <class Team>
     NTM_FN void fetch_earlier(const Team& team, Size n, const T* place, Index back) const {
         if (t >= back) team.ahead(n, place - back * s.B * n);
@@ -300,7 +299,7 @@ struct SequenceBackwardPass : ElementSizes {
         crew.product(E, P, H, dparams_of(f), w.heads, f.dhidden);
     }
 
-    // A layer's gates, and zeros where its products will be added.
+    // Back through a layer's gates; sets to 0 what its products will be added to.
     NTM_FN void through_gates(Index l) const {
         const Index K = s.fed(l);
         crew.elements(E, [&](const auto& team, Index e, Index) NTM_INLINE {
@@ -317,8 +316,8 @@ struct SequenceBackwardPass : ElementSizes {
         });
     }
 
-    // The only place where backward asks for the kind of controller. In place of the gradient of the state after step t
-    // comes that of the state before it, as far as it does not go through a product.
+    // The only place where backward asks for the kind of controller. Replaces the gradient of the state after t by that
+    // of the state before t, without the part that goes through products.
     template <class Team>
     NTM_FN void gates_backward(const Team& team, const Frame& f, Index l, Index e, const T* dhidden) const {
         const Size b = first + e;
@@ -377,10 +376,10 @@ struct SequenceBackwardPass : ElementSizes {
 
 // Takes the gradients of elements first .. first + E - 1 back through all steps.
 //
-// initial is the state before the first step, whose reads are not needed. grad_outputs is [T, B, O] or, if the crew
-// does not take the ends, the features' gradient, [T, B, H + R M]. grad_final is the gradient of the final state, all 0
-// where its memory is nullptr; grad becomes that of the initial one. Memories that were not kept are written again, a
-// segment between two kept ones at a time; `segment`, of sequence_segment(), is the tile's own.
+// initial is the state before the first step; its reads are not used. grad_outputs is [T, B, O] or, if the crew does
+// not take the ends, the features' gradient, [T, B, H + R M]. grad_final is the gradient of the final state, all 0 if
+// its memory is nullptr; grad becomes that of the initial one. Memories that were not kept are written again, one
+// segment between two kept ones at a time, in `segment`: sequence_segment() numbers for this tile alone.
 template <class Crew, class Weight, class T = typename Crew::Real>
 NTM_FN void sequence_backward(const Crew& crew, const SequenceSizes& s, const StepOptions& o, Size first, Index E,
                               const SequenceWeights<T, Weight>& w, const SequenceState<const T>& initial,

@@ -5,10 +5,10 @@
 
 namespace ntm {
 
-// How a tile's scratch is used on the way forward: [E, ...] each, but for inner, which every slot has its own of.
+// How a tile's scratch is used on the way forward. Each is [E, ...]; inner is one per slot.
 //
-// What a layer and the heads compute lies in the trail. It lies aside, here, where the trail is too far off (a staged
-// crew) or keeps nothing.
+// What a layer and the heads compute lies in the trail; or aside, here, if the crew is staged (the trail is too far
+// off) or if nothing is kept.
 template <class T>
 struct SequenceFrame {
     T* inner;         // a memory step's scratch
@@ -48,7 +48,7 @@ struct SequenceFrame {
     }
 };
 
-// What sequence() is about, and its phases, which all work on step t.
+// sequence()'s arguments and its phases, which all work on step t.
 template <class Crew, class Weight, class T = typename Crew::Real>
 struct SequencePass : ElementSizes {
     using Frame = SequenceFrame<T>;
@@ -69,7 +69,7 @@ struct SequencePass : ElementSizes {
     const bool aside = Crew::staged || !keep;
     const Frame laid_once = laid(E);
     Index t = 0;
-    bool normed = false;  // whether frame().norms are those of the memories: of all elements alike
+    bool normed = false;  // whether frame().norms belong to the memories; the same for all elements
 
     NTM_FN SequencePass(const Crew& crew, const SequenceSizes& s, const StepOptions& o, Size first, Index E, bool keep,
                         const SequenceWeights<T, Weight>& w, const T* inputs, T* outputs,
@@ -130,7 +130,7 @@ struct SequencePass : ElementSizes {
     // Whether what a layer is fed is copied, to be joined with other numbers for a single product.
     NTM_FN bool joins(Index l) const { return (Crew::takes_ends && l == 0) || s.products() == 1; }
 
-    // Of an array that has n numbers for every element and step, those at place are in use: fetches the next step's.
+    // place is in an array with n numbers for every element and step: fetches the next step's.
     template <class Team>
     NTM_FN void fetch_next(const Team& team, Size n, const T* place) const {
         if (t + 1 < s.T) team.ahead(n, place + s.B * n);

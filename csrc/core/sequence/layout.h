@@ -14,7 +14,7 @@ struct SequenceSizes {
     Controller controller;
     StepSizes step;
     Index every;  // the memory before steps every, 2 every, ... is kept; the one before step 0 is the initial state's
-    int shared;   // there is one initial state for all elements: where its arrays have a B, it is 1
+    int shared;   // all elements have one initial state: the B of its arrays is 1
 
     static constexpr const char* names = "T B I O L H controller step every shared";
 
@@ -25,7 +25,7 @@ struct SequenceSizes {
     constexpr Index joined_hidden() const { return products() == 1 ? H : 0; }
 
     constexpr Index read_size() const { return step.R * step.M; }
-    constexpr Index fed(Index layer) const { return layer ? H : read_size(); }  // by the step; inputs come besides
+    constexpr Index fed(Index layer) const { return layer ? H : read_size(); }  // by the step; inputs not counted
     constexpr Index widest() const { return (L > 1 && H > read_size() ? H : read_size()) + H; }  // fed and hidden
     constexpr Index features() const { return H + read_size(); }
     constexpr Size memory() const { return step.memory(); }
@@ -44,12 +44,12 @@ struct ElementSizes {
           WN(s.step.W * s.step.N) {}
 };
 
-// A layer's weights, for the direction in which they are used, and its biases. Written here for forward, [from -> to];
-// the backward's go the other way.
+// A layer's weights, for one direction, and its biases. [from -> to] is written here for forward; backward goes the
+// other way.
 template <class T, class Weight = const T*>
 struct LayerWeights {
-    Weight fed;       // [fed -> gates], and where there is one product [fed, hidden -> gates]. A crew that takes the
-                      // ends has the inputs in front of the first layer's, forward only.
+    Weight fed;       // [fed -> gates], or, if there is one product, [fed, hidden -> gates]. Forward, if the crew takes
+                      // the ends, the first layer's begins with the inputs.
     Weight hidden;    // [hidden -> gates], where there are two products
     const T* bias_x;  // [gates]
     const T* bias_y;  // [gates], where there are two products
@@ -77,9 +77,9 @@ struct SequenceState {
     static constexpr const char* names = "memory read_weights write_weights reads hidden cell";
 };
 
-// What forward leaves to backward: the caller owns the arrays, forward fills them, and backward only reads them, except
-// that its gradients of x, upper_x and y may be written over these. Where forward keeps nothing, only x and features
-// are used, and these only by a crew that does not take the ends.
+// What forward leaves to backward. The caller owns the arrays, forward fills them, backward reads them; it may write
+// the gradients of x, upper_x and y over them. If forward keeps nothing, only x and features are used, and only by a
+// crew that does not take the ends.
 template <class T>
 struct SequenceTrail {
     T* x;              // [T, B, gates]       the first layer's gates, activated. Before forward, if the crew does not
@@ -135,7 +135,7 @@ struct SequenceStaging {
     Size slots;
 };
 
-// The state of a tile's elements: [elements, ...], and of every layer [L, span, H], of which the tile's come first.
+// The state of a tile's elements: [elements, ...], and for every layer [L, span, H], where the tile's come first.
 template <class T>
 struct TileState : SequenceState<T> {
     Size span;
@@ -149,7 +149,7 @@ struct TileState : SequenceState<T> {
     NTM_FN T* cell_of(const SequenceSizes& s, Index l) const { return this->cell + l * span * s.H; }
 };
 
-// Of a whole batch's state, elements first, first + 1, ..., where they are.
+// The part of a whole batch's state that begins with element first, where it is.
 template <class T>
 NTM_FN TileState<T> tile_of(const SequenceSizes& s, const SequenceState<T>& all, Size first) {
     return {{all.memory + first * s.memory(), all.read_weights + first * s.step.R * s.step.N,
@@ -203,8 +203,8 @@ NTM_FN void copy_state(const Team& team, const SequenceSizes& s, bool given, Siz
     }
 }
 
-// Calls product(second) for a layer's products: of what the layer is fed, with its hidden state joined where that is
-// the only one, and then, second, of the hidden state. It is a loop so that the product is compiled once.
+// Calls product(second) for every product of a layer: first of what it is fed, with its hidden state joined if there is
+// only this product; then, second, of its hidden state. It is a loop so that the product is compiled once.
 template <class F>
 NTM_FN void each_product(const SequenceSizes& s, F&& product) {
     const int count = s.products();
