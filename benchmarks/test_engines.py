@@ -6,7 +6,10 @@ import functools
 
 import pytest
 import torch
-from job import (
+from torch import Tensor, nn
+
+from ntm_fast.ops.serving import why_not_native
+from shared.job import (
     CONTROLLERS,
     TorchCallsAround,
     answers,
@@ -18,9 +21,6 @@ from job import (
     stream,
     training_step,
 )
-from torch import Tensor, nn
-
-from ntm_fast import ops
 
 FUNCTIONS = {"training step": training_step, "forward": forward_only}
 
@@ -38,7 +38,7 @@ def _check(controller: str, engine: str, B: int) -> None:
 def _model(controller: str, engine: str, B: int) -> nn.Module:
     """Skips where the engine cannot serve."""
     native = {"sequence": "ntm_sequence", "step": "memory_step"}.get(engine)
-    if native and (reason := ops.why_not_native(torch.device("cpu"), torch.float32, native)):
+    if native and (reason := why_not_native(torch.device("cpu"), torch.float32, native)):
         pytest.skip(reason)
     if native:
         _check(controller, engine, B)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators import OPERATORS, Sizes, both, check, inputs, options, outputs_of
 
 import ntm_fast
 from ntm_fast import ops, reference
+from shared.operators import both, check, inputs, options, outputs_of
+from shared.registry import OPERATORS, Sizes
 
 ENGINES = {"native": ops, "reference": reference}
 

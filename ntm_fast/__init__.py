@@ -3,11 +3,10 @@
 __version__ = "0.1.0"
 
 from . import ops, reference
-from ._native import available, capabilities
-from .graphs import empty_cache
+from .engines import empty_cache, explain
 from .modules import FastNTM, NTMCell
-from .ops import explain
-from .state import NTMState, NTMTrace
+from .native import available, capabilities
+from .spec import NTMState, NTMTrace
 
 __all__ = [
     "FastNTM",

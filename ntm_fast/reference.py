@@ -9,17 +9,38 @@ Shapes: B batch, H heads (R read, W write), N memory locations, M memory width, 
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from types import ModuleType
-from typing import Callable, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .spec import CONTROLLERS, EPS, NTMState, by_layer, params_size
 
-def content_addressing(memory: Tensor, key: Tensor, beta: Tensor, *, eps: float = 1e-8) -> Tensor:
+__all__ = [
+    "CONTROLLERS",
+    "HeadParameters",
+    "address",
+    "circular_shift",
+    "content_addressing",
+    "erase_add_write",
+    "gru_gates",
+    "head_parameters",
+    "interpolate",
+    "lstm_gates",
+    "memory_step",
+    "ntm_sequence",
+    "params_size",
+    "read",
+    "sharpen",
+    "unroll",
+]
+
+
+def content_addressing(memory: Tensor, key: Tensor, beta: Tensor, *, eps: float = EPS) -> Tensor:
     """Focus by content: softmax over locations of ``beta`` times the cosine of key and memory row (eqs. 5 and 6).
 
     memory (B, N, M), key (B, H, M), beta (B, H) -> (B, H, N). Norms are ``sqrt(|x|^2 + eps^2)``, so that a zero key
@@ -45,7 +66,8 @@ def circular_shift(weights: Tensor, shift: Tensor) -> Tensor:
     ``shift[..., S + j]`` moves the focus by +j locations.
     """
     reach = shift.shape[-1] // 2
-    return sum(shift[..., j + reach, None] * weights.roll(j, -1) for j in range(-reach, reach + 1))
+    turned = [shift[..., j + reach, None] * weights.roll(j, -1) for j in range(-reach, reach + 1)]
+    return functools.reduce(torch.add, turned)
 
 
 def sharpen(weights: Tensor, gamma: Tensor) -> Tensor:
@@ -67,7 +89,7 @@ def address(
     shift: Tensor,
     gamma: Tensor,
     *,
-    eps: float = 1e-8,
+    eps: float = EPS,
 ) -> Tensor:
     """A head's whole addressing (section 3.3): content, interpolation, shift, sharpening -> weights (B, H, N)."""
     content = content_addressing(memory, key, beta, eps=eps)
@@ -107,11 +129,6 @@ _ACTIVATIONS = {"tanh": torch.tanh, "identity": lambda x: x}
 
 def _softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40)  # from the default, 20, on it is x alone: wrong by 2e-9, which float64 sees
-
-
-def params_size(read_heads: int, write_heads: int, memory_width: int, shift_range: int) -> int:
-    """P, the number of raw head parameters of one element: (R + W)(M + 2S + 4) + 2WM."""
-    return (read_heads + write_heads) * (memory_width + 2 * shift_range + 4) + 2 * write_heads * memory_width
 
 
 def head_parameters(
@@ -158,7 +175,7 @@ def memory_step(
     key_activation: str = "tanh",
     add_activation: str = "tanh",
     clip: float | None = 20.0,
-    eps: float = 1e-8,
+    eps: float = EPS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One step of the memory: every head addresses, the write heads write, the read heads read.
 
@@ -211,13 +228,13 @@ def gru_gates(input_gates: Tensor, hidden_gates: Tensor, hidden: Tensor) -> Tens
     return (1 - z) * n + z * hidden
 
 
-def _lstm(kernels: ModuleType, weights: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+def _lstm(kernels: Any, weights: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     weight, bias = torch.cat([weight_ih, weight_hh], 1), bias_ih + bias_hh  # one product a step
     return lambda x, hidden, cell: kernels.lstm_gates(F.linear(torch.cat([x, hidden], 1), weight, bias), cell)
 
 
-def _gru(kernels: ModuleType, weights: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+def _gru(kernels: Any, weights: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
     weight_ih, weight_hh, bias_ih, bias_hh = weights
 
     def step(x: Tensor, hidden: Tensor) -> tuple[Tensor]:
@@ -227,35 +244,22 @@ def _gru(kernels: ModuleType, weights: Sequence[Tensor]) -> Callable[..., tuple[
     return step
 
 
-def _feedforward(kernels: ModuleType, weights: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+def _feedforward(kernels: Any, weights: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
     weight, bias = weights
     return lambda x: (torch.tanh(F.linear(x, weight, bias)),)
 
 
-class ControllerKind(NamedTuple):
-    """What a controller is made of, and how a layer of it goes one step."""
-
-    gates: int  # rows of a weight matrix, in units of the hidden size
-    state: tuple[str, ...]  # the names of its state's tensors, each (layers, B, hidden)
-    weights: tuple[str, ...]  # the names of a layer's weights, as nn.LSTM's
-    layer: Callable  # (kernels, a layer's weights) -> (x (B, inputs), state (B, H) ...) -> hidden state, rest of it
-
-
-_RECURRENT = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
-CONTROLLERS = {
-    "lstm": ControllerKind(4, ("hidden", "cell"), _RECURRENT, _lstm),
-    "gru": ControllerKind(3, ("hidden",), _RECURRENT, _gru),  # the reset gate applies after the product
-    "feedforward": ControllerKind(1, (), ("weight_ih", "bias_ih"), _feedforward),
+# One layer of a controller: (kernels, its weights) -> a function (x (B, inputs), its state's tensors (B, H) ...) -> the
+# new state's tensors, the hidden state first.
+LAYERS: dict[str, Callable[[Any, Sequence[Tensor]], Callable[..., tuple[Tensor, ...]]]] = {
+    "lstm": _lstm,
+    "gru": _gru,
+    "feedforward": _feedforward,
 }
 
 
-def by_layer(weights: Sequence[Tensor], count: int) -> list[tuple[Tensor, ...]]:
-    """The weights of each layer, ``count`` of them, out of those of all."""
-    return [tuple(weights[start : start + count]) for start in range(0, len(weights), count)]
-
-
 def unroll(
-    kernels: ModuleType,
+    kernels: Any,
     inputs: Tensor,
     memory: Tensor,
     read_weights: Tensor,
@@ -275,9 +279,9 @@ def unroll(
     ``records`` collects each step's read weights, write weights, reads and raw head parameters.
     """
     kind = CONTROLLERS[controller]
-    layers = [kind.layer(kernels, own) for own in by_layer(weights, len(kind.weights))]
+    layers = [LAYERS[controller](kernels, own) for own in by_layer(weights, len(kind.weights))]
     states = [tuple(tensor[layer] for tensor in state) for layer in range(len(layers))]
-    features = []
+    features: list[Tensor] = []
     for x in inputs.unbind(0):
         hidden = torch.cat([x, reads.flatten(1)], 1)
         for layer, step in enumerate(layers):
@@ -294,14 +298,6 @@ def unroll(
     width = hidden.shape[1] + reads.shape[1] * reads.shape[2]
     stacked = torch.cat(features, 1).view(inputs.shape[1], inputs.shape[0], width).transpose(0, 1)
     return stacked, memory, read_weights, write_weights, reads, tuple(torch.stack(tensors) for tensors in zip(*states))
-
-
-def for_batch(
-    batch: int, memory: Tensor, read_weights: Tensor, write_weights: Tensor, reads: Tensor, state: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """A state without a batch dimension, one for all sequences, as that of so many."""
-    rest = (x.expand(batch, -1, -1) for x in (memory, read_weights, write_weights, reads))
-    return *rest, tuple(x.unsqueeze(1).expand(-1, batch, -1) for x in state)
 
 
 def ntm_sequence(
@@ -323,7 +319,7 @@ def ntm_sequence(
     key_activation: str = "tanh",
     add_activation: str = "tanh",
     clip: float | None = 20.0,
-    eps: float = 1e-8,
+    eps: float = EPS,
     memory_checkpoint: str | int = "auto",
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
@@ -360,17 +356,13 @@ def ntm_sequence(
         TypeError, ValueError: from :mod:`ops`, naming the argument whose type, shape, dtype or device is wrong.
     """
     check_lengths(lengths)
-    initial = memory, read_weights, write_weights, reads
-    if all(x.dim() == 2 for x in (*initial, *state)):
-        memory, read_weights, write_weights, reads, state = for_batch(inputs.shape[1], *initial, state)
+    initial = NTMState(memory, read_weights, write_weights, reads, tuple(state))
+    if all(x.dim() == 2 for x in initial.flatten()):
+        initial = initial.for_batch(inputs.shape[1])
     features, *final = unroll(
         sys.modules[__name__],
         inputs,
-        memory,
-        read_weights,
-        write_weights,
-        reads,
-        state,
+        *initial,
         weights,
         heads_weight,
         heads_bias,

@@ -7,7 +7,7 @@ import torch
 from helpers.backends import BACKENDS, KERNELS, Backend, usable
 from helpers.machines import skip_without_sequence
 
-from ntm_fast import graphs
+from ntm_fast.engines import graphs
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
@@ -34,9 +34,9 @@ def made_on_the_backend(request):
 
 @pytest.fixture(autouse=True)
 def _same_state_everywhere():
-    """Seeded, and nothing that one test sets reaches another.
+    """Every test starts with the same seed, one thread and no captured graphs.
 
-    One thread, unless a test asks for more: on tensors this small a second one only waits, on a busy machine for long.
+    One thread, unless a test asks for more: these tensors are so small that a second thread would only wait.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ TINY = (
 @pytest.fixture
 def short_evaluation(monkeypatch):
     monkeypatch.setattr(loop, "EVALUATION_SEQUENCES", 2)
-    monkeypatch.setattr(CopyTask, "evaluation_lengths", (2, 5))
+    monkeypatch.setattr(CopyTask, "cases", (2, 5))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def refused(capsys, arguments, *texts, status=2):
 
 def test_solved(solved):
     summary = json.loads((solved / "summary.json").read_text())
-    assert summary["solved"] is True and summary["bits_per_sequence"] < 0.01
+    assert summary["solved"] is True and summary["error"] < 0.01
     assert set(summary["error_at_length"]) == {"10", "20", "30", "50", "100"}
     assert sorted(path.name for path in solved.iterdir()) == [
         "checkpoint.safetensors",
@@ -81,7 +81,7 @@ def test_default_folder_and_progress_bar(tmp_path, capsys, monkeypatch, short_ev
     assert main(["train", "copy", *arguments, "--controller", "gru", "--seed", "4", "--max-sequences", "320"]) == 3
     assert (tmp_path / "runs" / "copy-gru-seed4" / "summary.json").exists()
     bar = capsys.readouterr().err
-    for text in ("copy gru", "320/320", "loss 0.", " bits/seq, ", " seq/s"):
+    for text in ("copy gru", "320/320", "loss 0.", " bits a sequence, ", " seq/s"):
         assert text in bar
 
 
@@ -95,19 +95,24 @@ def test_default_folder_and_progress_bar(tmp_path, capsys, monkeypatch, short_ev
         (["train", "copy", "--controller", "rnn"], ["--controller", "'rnn'", "lstm"]),
         (["train", "copy", "--engine", "warp"], ["--engine", "'warp'", "reference"]),
         (["train", "copy", "--batch-size", "many"], ["--batch-size", "'many'", "int"]),
-        (["train", "copy", "--batch-size", "-3"], ["batch_size: got -3, expected an integer of at least 1"]),
-        (["train", "copy", "--max-length", "0"], ["max_length: got 0, expected an integer of at least 1"]),
+        (["train", "copy", "--batch-size", "-3"], ["batch_size: got -3, expected an int of at least 1"]),
+        (["train", "copy", "--max-length", "0"], ["max_length: got 0, expected an int of at least 1"]),
         (["train", "copy", "--learning-rate", "nan"], ["learning_rate: got nan, expected a number above 0"]),
         (["train", "copy", "--device", "teapot"], ["device: got 'teapot'"]),
         (["train", "copy", "--shift-range", "64"], ["shift_range: got 64", "memory_locations = 128"]),
+        (["train", "copy", "--clip", "-1"], ["clip: got -1.0, expected a number above 0 or None"]),
+        (["train", "copy", "--threads", "some"], ["--threads", "'some'", "int or none"]),
+        (["train", "copy", "--read-first", "yes"], ["unrecognized arguments: yes"]),
+        (["train", "copy", "--model", "abacus"], ["model: got 'abacus', expected one of 'ntm' or 'module:Class'"]),
+        (["train", "copy", "--model"], ["--model", "expected one argument"]),
         (["train", "copy", "--resume", "nowhere"], ["there is no folder nowhere"]),
         (["train", "copy", "--resume", "."], ["config.json: cannot be read"]),
         (["train", "copy", "--resume", "a", "--out", "b"], ["--out b and --resume a"]),
         (["eval", "nowhere"], ["nowhere: there is no such folder"]),
         (["eval"], ["RUN"]),
         (["plot", "nowhere"], ["nowhere: there is no such folder"]),
-        (["plot", ".", "--length", "0"], ["--length: got 0"]),
-        (["eval", ".", "--lengths", "5", "0"], ["--lengths: got 0"]),
+        (["plot", "."], ["config.json: cannot be read"]),
+        (["eval", ".", "--lengths", "5"], ["config.json: cannot be read"]),
         (["eval", ".", "--sequences", "-1"], ["--sequences: got -1"]),
     ],
 )
@@ -115,6 +120,20 @@ def test_bad_usage(tmp_path, capsys, monkeypatch, arguments, texts):
     monkeypatch.chdir(tmp_path)
     refused(capsys, arguments, *texts)
     assert not list(tmp_path.iterdir()), "something was written"
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["plot", "--length", "0"], "--length: got 0"),
+        (["eval", "--lengths", "5", "0"], "--lengths: got 0"),
+        (["eval", "--lengths", "many"], "--lengths: invalid int value: 'many'"),
+        (["eval", "--repeats", "5"], "unrecognized arguments: --repeats 5"),
+        (["eval", "--engine", "warp"], "engine: got 'warp', expected one of 'auto', 'sequence', 'step', 'reference'"),
+    ],
+)
+def test_bad_cases(solved, capsys, arguments, text):
+    refused(capsys, [arguments[0], str(solved), *arguments[1:]], text)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -146,7 +165,7 @@ def test_damaged_checkpoint(solved, tmp_path, capsys):
 
 
 def test_nan(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "answer_loss", lambda logits, batch: (logits * float("nan")).sum())
+    monkeypatch.setattr(CopyTask, "loss", lambda task, logits, batch: (logits * float("nan")).sum())
     arguments = ["train", "copy", *TINY, "--out", str(tmp_path / "run")]
     refused(capsys, arguments, "loss nan, gradient norm nan after 0 sequences", status=1)
 
@@ -208,7 +227,19 @@ def test_plot(solved, capsys):
     assert main(["plot", str(solved), "--length", "3"]) == 0
     assert str(picture) in capsys.readouterr().out
     assert picture.read_bytes() != before
+    assert main(["plot", "--length", "3", str(solved)]) == 0
     assert main(["plot", str(solved)]) == 0
+
+
+def test_options_that_are_switches_or_none(tmp_path, capsys, short_evaluation, monkeypatch):
+    monkeypatch.setattr(loop, "draw", lambda *args, **kwargs: [])
+    arguments = ["train", "copy", *TINY, "--read-first", "--clip", "none", "--threads", "none", "--max-sequences", "8"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 3
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_options"]["read_first"] is True and config["model_options"]["clip"] is None
+    assert config["threads"] is None
+    again = ["train", "copy", "--resume", str(tmp_path), "--no-read-first"]
+    refused(capsys, again, "read_first: got False, expected True as in")
 
 
 def test_info(capsys, monkeypatch):

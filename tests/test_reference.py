@@ -1,4 +1,4 @@
-"""The reference against answers worked out by hand, and against the paper's equations as plain loops in numpy."""
+"""The reference compared with results worked out by hand, and with the paper's equations as plain loops in numpy."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_read_by_hand() -> None:
 
 
 def test_parameter_layout_and_activations() -> None:
-    """Two read heads and one write head over width 2, one shift: every entry has its place, and its activation."""
+    """Two read heads and one write head of width 2, with one shift. Each raw parameter has its place and activation."""
     raw = [
         *(0.1, 0.2), 0.3, 0.4, *(0.5, 0.6, 0.7), 0.8,  # first read head: k, beta, g, s, gamma
         *(1.1, 1.2), 1.3, 1.4, *(1.5, 1.6, 1.7), 1.8,  # second read head
@@ -201,7 +201,7 @@ def test_every_dtype_stays_finite(dtype: torch.dtype, memory_value: float, raw_v
     for weighting in outputs[2:]:
         torch.testing.assert_close(weighting.float().sum(-1), torch.ones(2, 1), rtol=0, atol=0.02)
     sum(output.sum() for output in outputs).backward()
-    # 1/eps is beyond float16, where a gradient with respect to a key or a row of zeros is infinite, rightly.
+    # 1/eps is too large for float16, so there the gradient of a key or of a row of zeros is infinite. That is right.
     if dtype is not torch.float16:
         assert all(x.grad.isfinite().all() for x in (memory, weights, params))
 
@@ -239,7 +239,7 @@ def _sigmoid(x):
 
 
 def loop_address(M, w_prev, k, beta, g, s, gamma, eps=1e-8) -> np.ndarray:
-    """Equations 5 to 9 for one head of one batch element, a location at a time."""
+    """The paper's equations 5 to 9 for one head of one batch element, one location after another."""
     N, S = len(M), len(s) // 2
     cosine = np.array([(k * row).sum() / np.sqrt(((k**2).sum() + eps**2) * ((row**2).sum() + eps**2)) for row in M])
     w_c = _softmax(beta * cosine)
@@ -252,7 +252,7 @@ def loop_address(M, w_prev, k, beta, g, s, gamma, eps=1e-8) -> np.ndarray:
 
 
 def loop_memory_step(M, read_w, write_w, raw, S, read_first, key_tanh=True, add_tanh=True, clip=20.0):
-    """The memory step of one batch element: raw parameters walked through from the left."""
+    """The memory step of one batch element. It takes the raw parameters from left to right."""
     (N, width), R, W = M.shape, len(read_w), len(write_w)
     raw = raw if clip is None else np.clip(raw, -clip, clip)
     position = 0
@@ -315,7 +315,7 @@ def test_memory_step_against_loops(N, width, R, W, S, options, read_first) -> No
 
 @pytest.mark.parametrize("controller", ("lstm", "gru", "feedforward"))
 def test_a_sequence_against_loops(controller: str) -> None:
-    """FastNTM from its state_dict alone: every name and layout is part of the contract."""
+    """FastNTM computed from its state_dict alone, because names and layouts are part of the contract."""
     T, B, I, H, R, W, N, width, S = 4, 2, 3, 5, 2, 2, 6, 3, 1
     torch.manual_seed(5)
     ntm = FastNTM(
@@ -470,7 +470,7 @@ def test_derived_gradients(function, names, derived) -> None:
 
 
 def test_gradient_of_the_clamp_in_sharpen() -> None:
-    """0 where a weight is not above tiny, by the formula elsewhere."""
+    """0 where a weight is at most tiny; the formula elsewhere."""
     weights = f64([[[0.5, 0.5, 0.0, 1e-310]]]).requires_grad_()
     gamma = f64([[1.0]]).requires_grad_()
     grad = f64([[[1.0, 2.0, 3.0, 4.0]]])

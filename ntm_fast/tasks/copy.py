@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 
+from ..spec import option
+from .bits import BitTask
 from .task import Batch
 
 
 @dataclass(frozen=True)
-class CopyTask:
+class CopyTask(BitTask):
     """Sequences of ``length`` random vectors of ``bits`` bits, to be repeated after a delimiter.
 
     A sequence has T = 2 ``length`` + 1 steps and ``bits`` + 1 input channels: the vectors on the first ``bits``
     channels, then one step with only the last channel set, the delimiter, then zeros while the machine answers. The
     targets of the last ``length`` steps are the vectors; only those count.
 
-    Raises ValueError for a length below 1, ``max_length`` below ``min_length`` or no bits.
+    Raises ValueError or TypeError for a length below 1, ``max_length`` below ``min_length`` or no bits.
     """
 
-    bits: int = field(default=8, metadata={"help": "bits of a vector"})
-    min_length: int = field(default=1, metadata={"help": "shortest training sequence, in vectors"})
-    max_length: int = field(default=20, metadata={"help": "longest training sequence, in vectors"})
+    bits: int = option(8, "bits of a vector", least=1)
+    min_length: int = option(1, "shortest training sequence, in vectors", least=1)
+    max_length: int = option(20, "longest training sequence, in vectors", least=1)
 
-    name: ClassVar[str] = "copy"
-    evaluation_lengths: ClassVar[tuple[int, ...]] = (10, 20, 30, 50, 100)
+    name = "copy"
+    axes = ("length",)
+    cases = (10, 20, 30, 50, 100)
 
     def __post_init__(self) -> None:
-        for option, least in (("bits", 1), ("min_length", 1), ("max_length", self.min_length)):
-            value = getattr(self, option)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{option}: got {value!r}, expected an integer of at least {least}")
+        super().__post_init__()
+        if self.max_length < self.min_length:
+            raise ValueError(f"max_length: got {self.max_length}, expected at least min_length = {self.min_length}")
+
+    @property
+    def shown(self) -> int:
+        """The longest trained on."""
+        return self.max_length
 
     @property
     def input_size(self) -> int:

@@ -79,7 +79,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     from safetensors.torch import save
 
     tensors = {
-        f"{group}.{name}": tensor.detach().cpu().contiguous()
+        f"{group}.{name}": tensor.detach().to("cpu", copy=True).contiguous()  # safetensors refuses shared memory
         for group in ("model", "optimizer", "generators")
         for name, tensor in getattr(checkpoint, group).items()
     }
@@ -94,7 +94,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint, to the CPU.
 
-    Raises CheckpointError where the file is missing, cut off, not a checkpoint, or holds a NaN or an infinity.
+    Raises CheckpointError where the file is missing, cut off, not a checkpoint, or where the optimizer's state holds a
+    NaN or an infinity.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -115,12 +116,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: is damaged or cut off ({error})") from error
     except (KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: is damaged: {error!r}") from error
-    for group, tensors in groups.items():
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                bad = int((~tensor.isfinite()).sum())
-                raise CheckpointError(f"{path}: {group} {name} holds {bad} values that are NaN or infinite")
+    _check_finite(path, "optimizer", groups["optimizer"])
     return Checkpoint(**groups, config=config, progress=progress)
+
+
+def _check_finite(path: Path, group: str, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise CheckpointError(f"{path}: {group} {name} holds {bad} values that are NaN or infinite")
 
 
 def first_difference(found: dict[str, Any], expected: dict[str, Any]) -> tuple[str, str, str] | None:
@@ -151,8 +155,13 @@ def _layout(tensors: dict[str, Tensor]) -> dict[str, tuple]:
 
 
 def restore_model(path: Path, checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Put the checkpoint's parameters into ``model``. Raises CheckpointError naming the first that does not fit."""
+    """Put the checkpoint's parameters and buffers into ``model``.
+
+    Raises CheckpointError naming the first that does not fit, or the first parameter that holds a NaN or an infinity.
+    """
     check_same(path, _layout(checkpoint.model), _layout(model.state_dict()), "parameter ")
+    # Parameters alone: a buffer may hold an infinity on purpose, as a mask does.
+    _check_finite(path, "model", {name: checkpoint.model[name] for name, _ in model.named_parameters()})
     model.load_state_dict(checkpoint.model)
 
 

@@ -1,4 +1,4 @@
-"""What is measured while training: the loss, the error in bits per sequence, and the table they are written to."""
+"""``metrics.csv``: what is measured while training."""
 
 from __future__ import annotations
 
@@ -6,28 +6,8 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-import torch.nn.functional as F
-from torch import Tensor
-
-from ..tasks import Batch
 from .checkpoint import write_atomically
-
-
-def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean binary cross-entropy, in nats a bit, over the answers: logits (T, B, O) -> scalar."""
-    loss = F.binary_cross_entropy_with_logits(logits, batch.targets, reduction="none")
-    mask = batch.mask.unsqueeze(-1)
-    # where, not a product: what is outside the answer must not matter even if it is infinite
-    return loss.where(mask, 0).sum() / (mask.sum() * logits.shape[-1])
-
-
-def wrong_bits(logits: Tensor, batch: Batch) -> Tensor:
-    """The number of wrongly answered bits, over all sequences of the batch: logits (T, B, O) -> integer scalar.
-
-    A bit is answered 1 where its logit is positive and 0 elsewhere; NaN is always wrong.
-    """
-    right = (logits > 0).where(batch.targets > 0.5, logits <= 0)
-    return (~right & batch.mask.unsqueeze(-1)).sum()
+from .older import upgrade_columns
 
 
 class Row(NamedTuple):
@@ -35,11 +15,11 @@ class Row(NamedTuple):
 
     sequences: int  # trained on since the beginning
     seconds: float  # since the beginning, validation included
-    loss: float  # mean over the updates, nats a bit
-    bits_per_sequence: float  # mean error while training; all training sequences are fresh
+    loss: float  # mean over the updates
+    error: float  # mean over the training sequences, all of which are fresh; in the task's unit
     grad_norm: float  # the largest before clipping
     sequences_per_second: float
-    validation: float | None  # error in bits a sequence over fresh sequences; rough where it was given up early
+    validation: float | None  # mean error over other fresh sequences; rough where validation was given up early
 
 
 class MetricsFile:
@@ -63,8 +43,8 @@ class MetricsFile:
 
 
 def _texts(row: Row) -> list[str]:
-    texts = row._asdict()
-    for name in ("loss", "bits_per_sequence", "grad_norm", "validation"):
+    texts: dict[str, object] = row._asdict()
+    for name in ("loss", "error", "grad_norm", "validation"):
         texts[name] = "" if texts[name] is None else f"{texts[name]:.9g}"
     texts["seconds"] = f"{row.seconds:.3f}"
     texts["sequences_per_second"] = f"{row.sequences_per_second:.1f}"
@@ -72,14 +52,14 @@ def _texts(row: Row) -> list[str]:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The lines of a ``metrics.csv``. Raises ValueError where it is not one."""
+    """The lines of a ``metrics.csv``, of this or an earlier version. Raises ValueError where it is not one."""
     with open(path, newline="") as file:
         rows = list(csv.reader(file))
-    if not rows or tuple(rows[0]) != Row._fields:
+    if not rows or tuple(upgrade_columns(rows[0])) != Row._fields:
         raise ValueError(f"{path}: expected the columns {', '.join(Row._fields)}")
     try:
         return [
-            Row(int(row[0]), *(float(x) if x else None for x in row[1:]))
+            Row._make([int(row[0]), *map(float, row[1:-1]), float(row[-1]) if row[-1] else None])
             for row in rows[1:]
             if len(row) == len(Row._fields)  # the last line may have been cut off
         ]

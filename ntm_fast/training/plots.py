@@ -1,22 +1,24 @@
-"""The pictures of a run: the learning curve, and where the heads look while the machine works."""
+"""The pictures of a run: the learning curve, a model's answer to one sequence, and what its memory does meanwhile."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..modules import FastNTM
-from ..tasks import Batch
-from .metrics import Row, wrong_bits
+from ..tasks import Batch, Task
+from .metrics import Row
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
@@ -34,52 +36,16 @@ _BLUE, _ORANGE, _GREY = "#2c5f8a", "#c8552b", "0.45"
 _ACTIVE = 0.05  # a weight that makes its location worth showing
 
 
-def learning_curve(path: Path, rows: list[Row], title: str, *, solved: float) -> Path:
+def learning_curve(path: Path, rows: list[Row], title: str, *, unit: str, solved: float) -> Path:
     """Draw error and gradient norm over training sequences; ``solved`` is the error at which a run stops -> path."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(6.6, 4.6), layout="constrained")
         error, norm = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        sequences = [row.sequences for row in rows]
-        error.plot(sequences, [row.bits_per_sequence for row in rows], color=_BLUE, lw=1.4, label="training")
-        checked = [row for row in rows if row.validation is not None]
-        if checked:
-            error.plot(
-                [row.sequences for row in checked],
-                [row.validation for row in checked],
-                "o",
-                color=_ORANGE,
-                ms=3.5,
-                clip_on=False,
-                zorder=3,
-                label="validation",
-            )
-        error.axhline(solved, color=_GREY, lw=0.8, ls=(0, (4, 3)), zorder=0)
-        error.annotate(
-            f"solved below {solved:g}",
-            (0, solved),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 3),
-            textcoords="offset points",
-            color=_GREY,
-            fontsize=8,
-        )
-        # Logarithmic, but with a place for the zero that everybody hopes to see.
-        error.set_yscale("symlog", linthresh=solved, linscale=0.6)
-        highest = max([row.bits_per_sequence for row in rows], default=1)
-        error.set_ylim(-solved / 4, 2 * max(highest, 1))
-        error.yaxis.set_major_locator(FixedLocator([0, *(10.0**e for e in range(-2, 4))]))
-        error.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        error.set_ylabel("error (bits per sequence)")
+        _error_panel(error, rows, unit, solved)
         error.set_title(title)
-        error.legend(loc="upper right")
-        norm.plot(sequences, [row.grad_norm or math.nan for row in rows], color=_BLUE, lw=1)
-        norm.set_yscale("log")
-        decades = [math.log10(row.grad_norm) for row in rows if row.grad_norm > 0] or [0]
-        norm.set_ylim(10 ** math.floor(min(decades)), 10 ** max(math.ceil(max(decades)), math.floor(min(decades)) + 1))
-        norm.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        norm.set_ylabel("gradient norm,\nlargest")
+        _norm_panel(norm, rows)
         norm.set_xlabel("training sequences")
-        norm.set_xlim(0, max(sequences, default=1))
+        norm.set_xlim(0, max([row.sequences for row in rows], default=1))
         norm.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         norm.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         figure.align_ylabels()
@@ -91,80 +57,177 @@ def learning_curve(path: Path, rows: list[Row], title: str, *, solved: float) ->
     return path
 
 
+def _error_panel(axes: Axes, rows: list[Row], unit: str, solved: float) -> None:
+    axes.plot([row.sequences for row in rows], [row.error for row in rows], color=_BLUE, lw=1.4, label="training")
+    checked = [(row.sequences, row.validation) for row in rows if row.validation is not None]
+    if checked:
+        axes.plot(*zip(*checked), "o", color=_ORANGE, ms=3.5, clip_on=False, zorder=3, label="validation")
+    axes.axhline(solved, color=_GREY, lw=0.8, ls=(0, (4, 3)), zorder=0)
+    axes.annotate(
+        f"solved below {solved:g}",
+        (0, solved),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 3),
+        textcoords="offset points",
+        color=_GREY,
+        fontsize=8,
+    )
+    # Logarithmic, but with a place for the zero that everybody hopes to see.
+    axes.set_yscale("symlog", linthresh=solved, linscale=0.6)
+    highest = 2 * max([row.error for row in rows if math.isfinite(row.error)] + [100 * solved])
+    axes.set_ylim(-solved / 4, highest)
+    decades = range(math.ceil(math.log10(solved)), math.ceil(math.log10(highest)) + 1)
+    axes.yaxis.set_major_locator(FixedLocator([0, *(10.0**decade for decade in decades)]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylabel(f"error ({unit})")
+    axes.legend(loc="upper right")
+
+
+def _norm_panel(axes: Axes, rows: list[Row]) -> None:
+    axes.plot([row.sequences for row in rows], [row.grad_norm or math.nan for row in rows], color=_BLUE, lw=1)
+    axes.set_yscale("log")
+    decades = [math.log10(row.grad_norm) for row in rows if row.grad_norm > 0] or [0]
+    lowest = math.floor(min(decades))
+    axes.set_ylim(10**lowest, 10 ** max(math.ceil(max(decades)), lowest + 1))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylabel("gradient norm,\nlargest")
+
+
+class _Answer(NamedTuple):
+    """One sequence, a model's answer to it, and what may be said of both; NaN where no answer is asked for."""
+
+    inputs: Tensor  # (T, I)
+    targets: Tensor  # (T, O)
+    outputs: Tensor  # (T, O)
+    text: str
+
+    @classmethod
+    def of(cls, task: Task, batch: Batch, outputs: Tensor, title: str) -> _Answer:
+        """Of ``batch``'s only sequence."""
+        inputs, targets, predictions = (
+            tensor[:, 0].float().cpu() for tensor in (batch.inputs, batch.targets, task.predictions(outputs))
+        )
+        asked = batch.mask[:, 0].cpu()  # (T,)
+        unasked = ~asked[:, None]
+        error = float(task.errors(outputs, batch))
+        text = f"{title}: {int(asked.sum())} steps to answer, error {error:.4g} {task.unit}"
+        return cls(inputs, targets.masked_fill(unasked, math.nan), predictions.masked_fill(unasked, math.nan), text)
+
+
 @torch.no_grad()
-def memory_picture(path: Path, model: FastNTM, batch: Batch, title: str) -> Path:
+def answer_picture(path: Path, model: nn.Module, task: Task, batch: Batch, title: str) -> Path:
+    """Draw the first sequence of ``batch``: inputs, targets and what the model answers -> path."""
+    batch = _first_sequence(model, batch)
+    outputs, _ = model(batch.inputs)
+    answer = _Answer.of(task, batch, outputs, title)
+    with rc_context(_STYLE):
+        figure, axes = _panels([["inputs"], ["targets"], ["outputs"]], [1.0, 1.0, 1.0])
+        _draw_answer(figure, axes, answer)
+        _finish(figure, axes, answer.text)
+        figure.savefig(path)
+    return path
+
+
+@torch.no_grad()
+def memory_picture(path: Path, model: FastNTM, task: Task, batch: Batch, title: str) -> Path:
     """Draw what the machine does with the first sequence of ``batch``, as Figure 6 of Graves et al. (2014) -> path.
 
     Inputs, added vectors and write weights on the left; targets, outputs, vectors read and read weights on the right.
     Time runs to the right. Of the locations, those that a head ever looks at are shown.
     """
-    weight = model.heads.weight
-    batch = Batch(*(tensor[:, :1] for tensor in batch))
-    moved = batch.to(weight.device, weight.dtype)
-    outputs, trace = model.trace(moved.inputs)
-    wrong = int(wrong_bits(outputs, moved))
-    answered = batch.mask[:, 0]  # (T,)
-    answer = outputs[:, 0].sigmoid().float().cpu()
-    outside = float("nan")
-    targets = batch.targets[:, 0].masked_fill(~answered[:, None], outside)
-    answer = answer.masked_fill(~answered[:, None], outside)
+    batch = _first_sequence(model, batch)
+    outputs, trace = model.trace(batch.inputs)
+    answer = _Answer.of(task, batch, outputs, title)
     add, reads, write_weights, read_weights = (
         tensor[:, 0].float().cpu() for tensor in (trace.add, trace.reads, trace.write_weights, trace.read_weights)
     )  # (T, heads, M or N)
-    heads = max(add.shape[1], reads.shape[1])
+    writers, readers = add.shape[1], reads.shape[1]
     window = _visited(torch.cat([write_weights, read_weights], 1).amax((0, 1)))
-    width, shown = add.shape[2], len(window)
 
-    rows = [["inputs", "targets"], ["inputs", "outputs"]]
-    rows += [[f"add{h}" if h < add.shape[1] else ".", f"read{h}" if h < reads.shape[1] else "."] for h in range(heads)]
-    rows += [
-        [f"write weights{h}" if h < add.shape[1] else ".", f"read weights{h}" if h < reads.shape[1] else "."]
-        for h in range(heads)
-    ]
-    heights = [0.8, 0.8, *[1.15] * heads, *[min(3.4, max(1.4, shown * 0.055))] * heads]
+    def side_by_side(left: str, right: str) -> list[list[str]]:
+        return [
+            [f"{left}{head}" if head < writers else ".", f"{right}{head}" if head < readers else "."]
+            for head in range(max(writers, readers))
+        ]
+
+    vectors, weights = side_by_side("add", "read"), side_by_side("write weights", "read weights")
+    heights = [0.8] * 2 + [1.15] * len(vectors) + [min(3.4, max(1.4, len(window) * 0.055))] * len(weights)
     with rc_context(_STYLE):
-        figure = Figure(figsize=(9.0, sum(heights) + 0.42 * len(heights) + 0.7), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.05, w_pad=0.05, hspace=0.02, wspace=0.03)
-        axes = figure.subplot_mosaic(rows, height_ratios=heights, sharex=True)
-        bits = {"cmap": "Greys", "vmin": 0, "vmax": 1}
-        image = _heatmap(axes["inputs"], batch.inputs[:, 0], "Inputs", "channel", **bits)
-        _heatmap(axes["targets"], targets, "Targets", "bit", **bits)
-        _heatmap(axes["outputs"], answer, "Outputs", "bit", **bits)
-        _colorbar(figure, image, [axes["inputs"]], "bit", aspect=22)
-        _colorbar(figure, image, [axes["targets"], axes["outputs"]], "probability", aspect=22)
-        for name in ("targets", "outputs"):
-            axes[name].set_facecolor("0.92")  # where no answer is asked for
-
-        def side(name: str, title: str, values: Tensor, options: dict) -> None:
-            for head in range(values.shape[1]):
-                number = f", head {head + 1}" if values.shape[1] > 1 else ""
-                vectors = values.shape[2] == width and "weights" not in name
-                label = "component" if vectors else "location"
-                data = values[:, head] if vectors else values[:, head][:, window]
-                cell = axes[f"{name}{head}"]
-                image = _heatmap(cell, data, title + number, label, **options)
-                if not vectors:
-                    _label_locations(cell, window)
-                _colorbar(figure, image, [cell], "value" if vectors else "weight")
-
+        figure, axes = _panels([["inputs", "targets"], ["inputs", "outputs"], *vectors, *weights], heights)
+        _draw_answer(figure, axes, answer)
         reach = math.ceil(10 * max(float(add.abs().max()), float(reads.abs().max()), 0.1)) / 10
-        vector_colors = {"cmap": "PuOr_r", "vmin": -reach, "vmax": reach}
-        weight_colors = {"cmap": "magma", "vmin": 0, "vmax": 1}
-        side("add", "Added vectors", add, vector_colors)
-        side("read", "Vectors read", reads, vector_colors)
-        side("write weights", "Write weights", write_weights, weight_colors)
-        side("read weights", "Read weights", read_weights, weight_colors)
-        for cell in axes.values():
-            bottom = cell.get_subplotspec().is_last_row()
-            cell.tick_params(labelbottom=bottom)
-            if bottom:
-                cell.set_xlabel("time step")
-                cell.xaxis.set_major_locator(MaxNLocator(9, integer=True))
-        total = int(answered.sum()) * targets.shape[1]
-        verdict = f"{title}: {int(answered.sum())} vectors to answer, {wrong} of {total} bits wrong"
-        figure.suptitle(verdict, x=0.01, ha="left", fontsize=11)
+        _draw_vectors(figure, axes, "add", "Added vectors", add, reach)
+        _draw_vectors(figure, axes, "read", "Vectors read", reads, reach)
+        _draw_weights(figure, axes, "write weights", "Write weights", write_weights, window)
+        _draw_weights(figure, axes, "read weights", "Read weights", read_weights, window)
+        _finish(figure, axes, answer.text)
         figure.savefig(path)
     return path
+
+
+def _first_sequence(model: nn.Module, batch: Batch) -> Batch:
+    """The first sequence of ``batch``, where the model is."""
+    weight = next(model.parameters())
+    return Batch(*(tensor[:, :1] for tensor in batch)).to(weight.device, weight.dtype)
+
+
+def _panels(rows: list[Any], heights: list[float]) -> tuple[Figure, dict[str, Axes]]:
+    layout = ConstrainedLayoutEngine(h_pad=0.05, w_pad=0.05, hspace=0.02, wspace=0.03)
+    figure = Figure(figsize=(9.0, sum(heights) + 0.42 * len(heights) + 0.7), layout=layout)
+    return figure, figure.subplot_mosaic(rows, height_ratios=heights, sharex=True)
+
+
+def _draw_answer(figure: Figure, axes: dict[str, Axes], answer: _Answer) -> None:
+    both = torch.cat([answer.targets, answer.outputs])
+    image = _heatmap(axes["inputs"], answer.inputs, "Inputs", "channel", **_greys(answer.inputs))
+    _colorbar(figure, image, [axes["inputs"]], "value", aspect=22)
+    for name, values in (("targets", answer.targets), ("outputs", answer.outputs)):
+        image = _heatmap(axes[name], values, name.capitalize(), "channel", **_greys(both))
+        axes[name].set_facecolor("0.92")  # where no answer is asked for
+    _colorbar(figure, image, [axes["targets"], axes["outputs"]], "value", aspect=22)
+
+
+def _greys(values: Tensor) -> dict[str, Any]:
+    """Colors from 0 to 1, or further where the values go further."""
+    known = values[values.isfinite()].tolist()
+    return {"cmap": "Greys", "vmin": min([0.0, *known]), "vmax": max([1.0, *known])}
+
+
+def _draw_vectors(
+    figure: Figure, axes: dict[str, Axes], name: str, title: str, values: Tensor, reach: float
+) -> None:
+    """values (T, heads, M)"""
+    for head in range(values.shape[1]):
+        cell, colors = axes[f"{name}{head}"], {"cmap": "PuOr_r", "vmin": -reach, "vmax": reach}
+        image = _heatmap(cell, values[:, head], title + _number(head, values), "component", **colors)
+        _colorbar(figure, image, [cell], "value")
+
+
+def _draw_weights(
+    figure: Figure, axes: dict[str, Axes], name: str, title: str, values: Tensor, window: list[int]
+) -> None:
+    """values (T, heads, N)"""
+    for head in range(values.shape[1]):
+        cell, colors = axes[f"{name}{head}"], {"cmap": "magma", "vmin": 0, "vmax": 1}
+        image = _heatmap(cell, values[:, head][:, window], title + _number(head, values), "location", **colors)
+        _label_locations(cell, window)
+        _colorbar(figure, image, [cell], "weight")
+
+
+def _number(head: int, values: Tensor) -> str:
+    return f", head {head + 1}" if values.shape[1] > 1 else ""
+
+
+def _finish(figure: Figure, axes: dict[str, Axes], text: str) -> None:
+    """Label the time where an axis is at the bottom, and say above what is seen."""
+    for cell in axes.values():
+        place = cell.get_subplotspec()
+        bottom = place is not None and place.is_last_row()
+        cell.tick_params(labelbottom=bottom)
+        if bottom:
+            cell.set_xlabel("time step")
+            cell.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+    figure.suptitle(text, x=0.01, ha="left", fontsize=11)
 
 
 def _visited(weights: Tensor) -> list[int]:

@@ -1,4 +1,4 @@
-"""The GPU check, benchmarks/gpu_report.py, as far as it goes without a GPU."""
+"""The GPU check, benchmarks/reports/gpu.py, as far as it goes without a GPU."""
 
 from __future__ import annotations
 
@@ -19,16 +19,10 @@ import ntm_fast
 from ntm_fast import reference
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # its modules import each other by name, as scripts do
+sys.path.insert(0, str(BENCHMARKS))  # as run.py has it
 
-import gpu_bench  # noqa: E402
-import gpu_engines  # noqa: E402
-import gpu_parts  # noqa: E402
-import gpu_report  # noqa: E402
-import gpu_small_run  # noqa: E402
-import job  # noqa: E402
-import operators  # noqa: E402
-import timing  # noqa: E402
+from reports import gpu, gpu_bench, gpu_engines, gpu_parts, gpu_small_run  # noqa: E402
+from shared import job, operators, registry, timing  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not ntm_fast.available("cpu"), reason=f"no native CPU part: {ntm_fast.capabilities()['cpu_reason']}"
@@ -37,13 +31,13 @@ pytestmark = pytest.mark.skipif(
 
 def report(out: Path, part: str, *options: str) -> tuple[int, dict, str]:
     """Exit status, findings and page of a smoke run."""
-    status = gpu_report.main(["--device", "cpu", "--no-build", "--part", part, "--out", str(out), *options])
+    status = gpu.main(["--device", "cpu", "--no-build", "--part", part, "--out", str(out), *options])
     return status, json.loads((out / f"gpu_{part}.json").read_text()), (out / f"gpu_{part}.md").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
-    command = [sys.executable, BENCHMARKS / "gpu_report.py", "--out", tmp_path]
+    command = [sys.executable, BENCHMARKS / "run.py", "gpu", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert "there is no GPU" in done.stderr and "Traceback" not in done.stderr
@@ -56,7 +50,7 @@ def test_bench_measures_all_of_it(tmp_path):
     status, found, page = report(tmp_path, "bench", "--no-compile")
     assert status == 0 and found["finished"] and not found["failures"] and not found["left_out"]
     titles = [one["title"] for one in found["bandwidth"]]
-    for op in operators.OPERATORS:
+    for op in registry.OPERATORS:
         sizes = 2 if "gates" in op else 4 if "memory" in operators.inputs_of(op) else 2
         for direction in operators.DIRECTIONS:
             assert sum(title.startswith(f"{op} {direction}, ") for title in titles) == sizes, (op, direction)
@@ -71,7 +65,7 @@ def test_bench_measures_all_of_it(tmp_path):
 
 def test_bytes_are_those_of_inputs_and_outputs():
     B, N, M = 6, 16, 4
-    sizes = operators.Sizes(B, N, M)
+    sizes = registry.Sizes(B, N, M)
     memory, weights, vector = 4 * B * N * M, 4 * B * N, 4 * B * M
     for op, direction, moved in (
         ("read", "forward", memory + weights + vector),
@@ -141,12 +135,12 @@ def test_every_side_also_as_a_graph():
             return work
 
     captured: list = []
-    found = gpu_bench.measure_memory_step(operators.Sizes(2, 9, 3), False, Clock(), 0.0)
+    found = gpu_bench.measure_memory_step(registry.Sizes(2, 9, 3), False, Clock(), 0.0)
     assert list(found["us"]) == ["native", "native, graph", "eager", "eager, graph"] and len(captured) == 2
 
 
 def test_a_graph_keeps_what_it_works_on(monkeypatch):
-    """The device's clock with every call of CUDA a stand-in."""
+    """The clock of a CUDA device, tested with a stand-in for every call of CUDA."""
 
     class Anything:
         def __init__(self, *_, **__):
@@ -190,7 +184,7 @@ def test_where_a_gpu_was_measured():
 
 
 def test_sizes_of_the_full_run():
-    """What the report is for: B = 64 .. 16,384, N = 128 and 1024, M = 20 and 64."""
+    """B = 64 .. 16,384, N = 128 and 1024, M = 20 and 64."""
     todo = gpu_bench.measurements(gpu_bench.FULL, compiled=True)
     titles = [one.title for one in todo]
     assert len(set(titles)) == len(titles)
@@ -237,7 +231,7 @@ def test_compiled_is_beside_ours(tmp_path, monkeypatch):
 
 
 class Graphs(timing.HostClock):
-    """As if there were graphs; and each side asks for more memory than the one before."""
+    """A clock that claims to have graphs. Each side seems to need more memory than the one before."""
 
     graphs = True
 
@@ -296,13 +290,13 @@ def test_a_side_that_cannot_be_had_says_why(monkeypatch):
     assert len(found["failures"]) == 1 and found["failures"][0].startswith("step: ")
     page = "\n".join(gpu_engines.text({"engines": [{"title": "it", **found}], "left_out": []}))
     assert "| compiled | | | cannot: it took too long to make |" in page
-    monkeypatch.setattr(gpu_engines.ops, "why_not_native", lambda *args: "no such kernel" if args[2:] else None)
+    monkeypatch.setattr(gpu_engines, "why_no_sequence", lambda *_: "no such kernel")
     found = gpu_engines.measure_job(gpu_engines.SMOKE, sides("sequence", "eager"), Graphs(), 0.0)
     assert found["cannot"] == {"sequence": "no such kernel"} and set(found["ms"]) == {"eager"} and not found["failures"]
 
 
 def test_sides_that_do_not_fit_together(monkeypatch):
-    """The one that takes the most is left out."""
+    """Where memory is short, the side that takes the most is left out."""
     right = gpu_engines.take_turns
 
     def take_turns(functions, *rest, **options):
@@ -356,7 +350,7 @@ def test_targets():
 
 
 def test_jobs_of_the_full_run():
-    """What the report is for: all sizes about the standard job, both controllers, training and inference."""
+    """All sizes around the standard job, both controllers, training and inference."""
     jobs = gpu_engines.JOBS
     assert len(set(jobs)) == len(jobs) and jobs[0] == gpu_engines.Job() == gpu_engines.STANDARD
     for name, values in {
@@ -439,12 +433,12 @@ def test_no_tests_at_all_is_a_failure(tmp_path):
 
 def test_the_small_run_computes_what_it_says(monkeypatch, capsys):
     monkeypatch.setattr(gpu_small_run, "SIZES", gpu_small_run.SIZES[:1])
-    assert gpu_small_run.main("cpu") == 0
+    assert gpu_small_run.main(["cpu"]) == 0
     assert "10 operators, torch.float64" in capsys.readouterr().out
     right = reference.sharpen
     monkeypatch.setattr(reference, "sharpen", lambda weights, gamma: 1.001 * right(weights, gamma))
     with pytest.raises(AssertionError, match="disagree"):
-        gpu_small_run.main("cpu")
+        gpu_small_run.main(["cpu"])
 
 
 def test_sanitize_runs_every_tool_and_tells_findings(tmp_path, monkeypatch):
@@ -466,8 +460,8 @@ def test_sanitize_runs_every_tool_and_tells_findings(tmp_path, monkeypatch):
     assert "2 hazards displayed" in page and len(found["failures"]) == 1
     for tool in gpu_parts.TOOLS:
         log = (tmp_path / f"gpu_sanitize_{tool}.log").read_text()
-        assert re.search(rf"--tool {tool} .*gpu_small_run\.py cpu", log)
-    # No tool at all is told, and is no failure.
+        assert re.search(rf"--tool {tool} .*run\.py gpu_small_run cpu", log)
+    # A missing tool is reported, and is not a failure.
     monkeypatch.setattr(gpu_parts.shutil, "which", lambda *_, **__: None)
     status, found, page = report(tmp_path, "sanitize")
     assert status == 0 and page.count("is not installed") == 4

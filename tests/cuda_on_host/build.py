@@ -24,7 +24,7 @@ CSRC = ROOT / "csrc"
 BUILT = ROOT / "build" / "cuda_on_host"
 
 SOURCES = (".h", ".cpp", ".cu")
-# -O1: everything is inlined, and more takes minutes. No contraction: every kind gives the same bits.
+# -O1, because everything is inlined and -O2 takes minutes. Without contraction, so that every kind gives the same bits.
 FLAGS = [
     "-std=c++17",
     "-O1",
@@ -36,10 +36,10 @@ FLAGS = [
 ]
 KINDS = {
     "plain": [],
-    # What is left out costs minutes on code as inlined as this.
+    # The checks that are left out would take minutes to compile, because so much is inlined.
     "address": [
         "-fsanitize=address,undefined",
-        "-fsanitize-recover=address",  # where ASAN_OPTIONS says so
+        "-fsanitize-recover=address",  # a program goes on after an error if ASAN_OPTIONS says so
         "-fno-sanitize=null,alignment,pointer-overflow",
         "-fno-sanitize-recover=undefined",
         "-fno-sanitize-address-use-after-scope",
@@ -71,13 +71,14 @@ def missing(kind: str = "plain") -> str | None:
 
 
 def compiled(sources: tuple[Path, ...], product: str, kind: str = "plain", csrc: Path = CSRC) -> Path:
-    """The sources, and the scheduler, as ``product``: a program, or a backend where the name ends in .so."""
-    return _compiled(sources, product, kind, csrc, _digest(csrc))
+    """Compile the sources and the scheduler to ``product``: a program, or a backend if the name ends in .so."""
+    return _compiled(sources, product, kind, csrc, _digest(sources, csrc))
 
 
-def _digest(csrc: Path) -> str:
+def _digest(sources: tuple[Path, ...], csrc: Path) -> str:
     version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
-    files = sorted(path for folder in (csrc, HERE) for path in folder.rglob("*.*") if path.suffix in SOURCES)
+    files = sorted(path for path in csrc.rglob("*.*") if path.suffix in SOURCES)
+    files += [*sorted(HERE.glob("*.h")), HERE / "scheduler.cpp", *sources]
     content = [version, repr((FLAGS, KINDS)).encode(), *(path.read_bytes() for path in files)]
     return hashlib.sha256(b"\0".join(content)).hexdigest()[:16]
 
@@ -95,18 +96,18 @@ def _compiled(sources: tuple[Path, ...], product: str, kind: str, csrc: Path, di
 
 
 def _build(sources: tuple[Path, ...], result: Path, kind: str, csrc: Path) -> None:
-    for stale in BUILT.iterdir():  # of other sources; what is young may still be in use
+    for stale in BUILT.iterdir():  # built from other sources; if it is young, another process may still use it
         if stale != result.parents[1] and time.time() - stale.stat().st_mtime > 24 * 3600:
             shutil.rmtree(stale, ignore_errors=True)
     backend = result.suffix == ".so"
-    # A program names the kernels it launches.
+    # A program prints the names of its kernels, so they must be visible.
     visibility = ["-fvisibility=hidden"] if backend else []
     linked = ["-shared", f"-Wl,--version-script={csrc / 'exports.map'}"] if backend else ["-rdynamic", "-ldl"]
     with tempfile.TemporaryDirectory(dir=result.parent) as folder:
 
         def compile_one(source: Path) -> str:
             target = str(Path(folder, f"{source.name}.o"))
-            # The scheduler switches stacks behind the sanitizers' back, and tells them so.
+            # The scheduler switches stacks and tells the sanitizers itself, so it is compiled without them.
             flags = ["-O2"] if source.name == "scheduler.cpp" else KINDS[kind]
             _run("g++", *FLAGS, *flags, *visibility, f"-I{HERE}", f"-I{csrc}", "-x", "c++", "-c", source, "-o", target)
             return target

@@ -1,4 +1,4 @@
-"""Recorded calls, and the programs that repeat them: made once."""
+"""Recorded calls, and the programs that repeat them. Each is made once for all tests."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from helpers.poison import Poison
 MANY = dict(B=25, N=45, M=7, H=2, R=1, W=2, S=1)  # a warp each, four of them in a block
 FEW = dict(B=5, N=70, M=9, H=2, R=2, W=2, S=2)  # a block each, of three warps
 LARGE = dict(B=1, N=230, M=70, H=1)  # of eight warps, which sum fewer rows at once
-# Of sequences: on the two multiprocessors a tile of four elements and one of the fifth, of four warps each. Rows that
-# are aligned and such that are not, memories written again or all kept.
+# Sequences. Each of the two multiprocessors has a tile of four warps: one of four elements, one of the fifth element.
+# The LSTM's rows are not aligned and its memories are recomputed; the GRU's rows are aligned, all its memories kept.
 LSTM = dict(controller="lstm", layers=2, hidden=7, T=4, B=5, N=70, M=5, R=2, W=2, checkpoint=2)
 GRU = dict(controller="gru", layers=2, hidden=8, T=2, B=5, N=70, M=4, checkpoint="all")
 SEQUENCE_CASES = [
     *((LSTM, torch.float32, 49152), (GRU, torch.float32, 49152)),
-    *((LSTM, torch.float32, 20000), (GRU, torch.float32, 14000)),  # memories are held in none
+    *((LSTM, torch.float32, 20000), (GRU, torch.float32, 14000)),  # tiles of fewer elements
     *((LSTM, torch.float64, 49152), (GRU, torch.float64, 49152)),
 ]
 READ_FIRST = {"options": (("read_first", True),)}
-# With the bytes of shared memory that a block may have: enough for all, for some, for no more than the block's own.
+# The last number is the bytes of shared memory that a block may have: enough to hold everything, some of it, or no
+# more than the block's own scratch.
 CASES = [
     *((MANY, torch.float32, 49152), (FEW, torch.float32, 49152), (LARGE, torch.float32, 131072)),
     *((FEW, torch.float32, 6144), (FEW, torch.float32, 4160)),
@@ -50,7 +51,7 @@ def calls(tmp_path_factory) -> Path:
 
 
 def record(path: Path, make: Callable[[pytest.MonkeyPatch], None]) -> Path:
-    """The path, when the calls that ``make`` makes are recorded there. The first worker that needs them makes them."""
+    """Record the calls that ``make`` makes at ``path``, unless another worker has done so, and return the path."""
     with FileLock(f"{path}.lock"):
         if not path.exists():
             part = path.with_suffix(".part")
@@ -64,7 +65,7 @@ def record(path: Path, make: Callable[[pytest.MonkeyPatch], None]) -> Path:
 
 @pytest.fixture(scope="session")
 def recorded(calls) -> dict[str, Path]:
-    """For every operator, the file with its calls. What they gave has been compared with the reference."""
+    """For every operator, the file with its calls. Their results have been compared with the reference."""
     need("plain")
 
     def check_all(op: str, patch: pytest.MonkeyPatch) -> None:
@@ -78,7 +79,7 @@ def recorded(calls) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def recorded_sequences(calls) -> list[Path]:
-    """The same of whole sequences: for each case a file of three calls, forward, back, and forward keeping nothing."""
+    """For each case of a whole sequence, a file of three calls: forward, backward, and forward without a trail."""
     need("plain")
 
     def check_one(case: sequences.Case, shared: int, patch: pytest.MonkeyPatch) -> None:
@@ -93,7 +94,7 @@ def recorded_sequences(calls) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory) -> Callable[[str], Path]:
-    """replay.cpp around the kernels, by kind, with the faults asleep in them."""
+    """Compiles replay.cpp and the kernels as the kind that is asked for. All faults are planted, and none is active."""
     copy = tmp_path_factory.mktemp("planted") / "csrc"
     plant.plant(copy)
     sources = (*sorted(copy.glob("cuda/*.cu")), build.HERE / "replay.cpp")

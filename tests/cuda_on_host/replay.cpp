@@ -1,6 +1,7 @@
-// Repeats recorded calls of the backend: `replay fault file...`, with the number of a planted fault or 0. For each call
-// it prints what it is, the kernel that is launched for it, and whether it gave the recorded bits. Every array is an
-// allocation of its own, outputs and workspace full of NaN, so that AddressSanitizer sees who leaves it.
+// Repeats recorded calls of the backend: `replay fault file...`, with the number of a planted fault or 0. With a minus
+// before the number it stops after the first call that goes wrong. For each call it prints what it is, the kernel that
+// is launched for it, and whether it gave the recorded bits. Every array is an allocation of its own, and outputs and
+// workspace are full of NaN, so that AddressSanitizer sees who writes outside.
 //
 // A record is a line of the operator, the device's shared memory, whether in double, the count of sizes and options and
 // each of them, the count of arrays, and of each whether it comes "in", goes "out" or is "both" and its bytes; then
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "operators.h"
+#include "parameters.h"
 
 using namespace ntm;
 
@@ -79,54 +81,32 @@ struct Call {
     }
 };
 
-// An entry's parameters in their order, as in csrc/binding.cpp
-template <class T>
-T take(Call& call);
+// An entry's parameters in their order, as csrc/parameters.h asks for them
+struct Recorded {
+    Call& call;
 
-template <class Struct, class... Members>
-Struct take_members(Call& call) {
-    return {take<Members>(call)...};  // braces: from left to right
-}
-template <class T>
-constexpr bool is_state = false;
-template <class T>
-constexpr bool is_state<SequenceState<T>> = true;
-template <class T>
-constexpr bool is_trail = false;
-template <class T>
-constexpr bool is_trail<SequenceTrail<T>> = true;
-template <class T>
-constexpr bool is_grads = false;
-template <class T>
-constexpr bool is_grads<SequenceGrads<T>> = true;
-
-template <class T>
-T take(Call& call) {
-    if constexpr (std::is_same_v<T, StepSizes>) {
-        return take_members<T, Size, Index, Index, Index, Index, Index>(call);
-    } else if constexpr (std::is_same_v<T, StepOptions>) {
-        return take_members<T, int, int, int, double, double>(call);
-    } else if constexpr (std::is_same_v<T, SequenceSizes>) {
-        const T s = take_members<T, Index, Size, Index, Index, Index, Index, Controller, StepSizes, Index, int>(call);
-        call.layers = s.L;
-        return s;
-    } else if constexpr (is_state<T>) {
-        using P = decltype(T::memory);
-        return take_members<T, P, P, P, P, P, P>(call);
-    } else if constexpr (is_trail<T>) {
-        using P = decltype(T::memory);
-        return take_members<T, P, P, P, P, P, P, P, P, P, P, P>(call);
-    } else if constexpr (is_grads<T>) {
-        using P = decltype(T::x);
-        return take_members<T, P, P, P, P>(call);
-    } else if constexpr (std::is_same_v<T, const float* const*> || std::is_same_v<T, const double* const*>) {
-        for (Size i = 0; i < 4 * call.layers + 4; ++i) call.weights.push_back(take<const void*>(call));
-        return reinterpret_cast<T>(call.weights.data());
-    } else if constexpr (std::is_pointer_v<T>) {
-        return reinterpret_cast<T>(call.arrays[call.next_array++].memory.get());
-    } else {
-        return static_cast<T>(call.scalars[call.next_scalar++]);
+    template <class P>
+    P value() {
+        if constexpr (std::is_same_v<P, const float* const*> || std::is_same_v<P, const double* const*>) {
+            for (Size i = 0; i < 4 * call.layers + 4; ++i) call.weights.push_back(value<const void*>());
+            return reinterpret_cast<P>(call.weights.data());
+        } else if constexpr (std::is_pointer_v<P>) {
+            return reinterpret_cast<P>(call.arrays[call.next_array++].memory.get());
+        } else {
+            return static_cast<P>(call.scalars[call.next_scalar++]);
+        }
     }
+    template <class P>
+    Recorded& within() {
+        return *this;
+    }
+};
+
+template <class P>
+P take(Call& call) {
+    const P parameter = next<P>(Recorded{call});
+    if constexpr (std::is_same_v<P, SequenceSizes>) call.layers = parameter.L;
+    return parameter;
 }
 
 template <class... Parameters>
@@ -148,35 +128,24 @@ Error run(Error (*operation)(Launch, Parameters...), Call& call) {
 
 template <class T>
 Error run(const Operators<T>& table, Call& call) {
-    bool known = false;
-    Error error = nullptr;
-    auto entry = [&](std::string name, auto forward, auto backward) {
-        if (call.name == name) known = true, error = run(forward, call);
-        if (call.name == name + "_backward") known = true, error = run(backward, call);
-    };
-    entry("content_addressing", table.content_addressing, table.content_addressing_backward);
-    entry("interpolate", table.interpolate, table.interpolate_backward);
-    entry("circular_shift", table.circular_shift, table.circular_shift_backward);
-    entry("sharpen", table.sharpen, table.sharpen_backward);
-    entry("address", table.address, table.address_backward);
-    entry("erase_add_write", table.erase_add_write, table.erase_add_write_backward);
-    entry("read", table.read, table.read_backward);
-    entry("memory_step", table.memory_step, table.memory_step_backward);
-    entry("lstm_gates", table.lstm_gates, table.lstm_gates_backward);
-    entry("gru_gates", table.gru_gates, table.gru_gates_backward);
-    entry("ntm_sequence", table.ntm_sequence, table.ntm_sequence_backward);
-    return known ? error : "no such operator";
+#define NTM_REPLAY(family, entry, Body, names) \
+    if (call.name == #entry) return run(table.entry, call);
+    NTM_OPERATORS(NTM_REPLAY)
+#undef NTM_REPLAY
+    return "no such operator";
 }
 
 }  // namespace
 
 int main(int, char** arguments) {
-    ntm_planted = std::atoi(*++arguments);
+    const int fault = std::atoi(*++arguments);
+    ntm_planted = std::abs(fault);
+    const bool first_alone = fault < 0;
     on_host::trace = true;
     bool all_right = true;
-    while (*++arguments) {
+    while (*++arguments && (all_right || !first_alone)) {
         std::ifstream file(*arguments, std::ios::binary);
-        for (Call call; call.read(file); call = Call()) {
+        for (Call call; (all_right || !first_alone) && call.read(file); call = Call()) {
             std::cerr << "call " << call.name << (call.is_double ? " in double, " : " in float, ") << call.shared
                       << " bytes to a block\n";
             setenv("NTM_HOST_SHARED", call.shared.c_str(), 1);

@@ -1,4 +1,4 @@
-"""Calls of native functions, recorded from the operators and repeated by replay.cpp."""
+"""Native calls are recorded here, and repeated by replay.cpp."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import pytest
 import torch
 from cuda_on_host import build, plant
 from helpers.backends import required
 
-from ntm_fast import ops
+from ntm_fast import native, ops
 
 
 def need(kind: str) -> None:
@@ -39,13 +39,15 @@ class Recorder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __call__(self, call: Callable, name: str, like: torch.Tensor, *values) -> None:
+    def __call__(
+        self, call: Callable, name: str, like: torch.Tensor, scalars: Sequence, addresses: Sequence[int]
+    ) -> None:
         find = sequence_arrays if name.startswith("ntm_sequence") else operator_arrays
-        scalars, arrays = find(name, values)
+        arrays = find(name, dict(zip(native.signature(name).scalars, scalars)), addresses)
         arrays = [(role, address, like.element_size() * count) for role, count, address in arrays]
         before = [ctypes.string_at(*place) if role != "out" else b"" for role, *place in arrays]
-        call(name, like, *values)
-        # What comes in shall stay; what goes out may be recorded at the same place, if the trail was good for one use.
+        call(name, like, scalars, addresses)
+        # An input must keep its value. An output may lie in the place of an input: a trail may be overwritten.
         after = [was if role == "in" else ctypes.string_at(*place) for was, (role, *place) in zip(before, arrays)]
         words = [name, os.environ["NTM_HOST_SHARED"], int(like.dtype is torch.float64), len(scalars)]
         words += [*map(float, scalars), len(arrays), *(word for role, _, size in arrays for word in (role, size))]
@@ -57,62 +59,69 @@ class Recorder:
 Array = tuple[str, int, int]  # "in", "out" or "both", how many numbers, where
 
 
-def operator_arrays(name: str, values: tuple) -> tuple[tuple, list[Array]]:
-    """Of a call's values, the sizes and options, and the arrays."""
-    op = ops._BY_NAME[name.removesuffix("_backward")]
-    dims = dict(zip(op.sizes, values))
-    if op.derived:
-        dims |= op.derived(dims, *([dims["K"] // 2] if op.options else []))
-    inputs, outputs = list(op.inputs.values()), list(op.outputs.values())
-    if name != op.name:
-        inputs, outputs = [*inputs, *(op.outputs[saved] for saved in op.saved), *outputs], inputs
-    letters = inputs + outputs
-    counts = [math.prod(dims[letter] for letter in own) for own in letters]
-    roles = ["in"] * len(inputs) + ["out"] * len(outputs)
-    return values[: -len(letters)], list(zip(roles, counts, values[-len(letters) :]))
+def operator_arrays(name: str, sizes: dict[str, int], addresses: Sequence[int]) -> list[Array]:
+    """The arrays of a call."""
+    contract = ops.CONTRACTS[name.removesuffix("_backward")]
+    if name != contract.name:
+        contract = contract.backward()
+    if contract.derived:
+        sizes = sizes | contract.derived(sizes, *([sizes["K"] // 2] if contract.options else []))
+    letters = [*contract.inputs.values(), *contract.outputs.values()]
+    counts = [math.prod(sizes[letter] for letter in own) for own in letters]
+    roles = ["in"] * len(contract.inputs) + ["out"] * len(contract.outputs)
+    return list(zip(roles, counts, addresses, strict=True))
 
 
-def sequence_arrays(name: str, values: tuple) -> tuple[tuple, list[Array]]:
-    """The same of a whole sequence, whose parameters csrc/core/sequence.h describes."""
-    T, B, I, O, L, H, gru, _, R, W, N, M, K, every, shared = values[:15]
+def sequence_arrays(name: str, sizes: dict[str, int], addresses: Sequence[int]) -> list[Array]:
+    """The same of a whole sequence; csrc/core's SequenceState, SequenceTrail and SequenceGrads describe its arrays."""
+    T, B, I, O, L, H, R, W, N, M, K = (sizes[letter] for letter in "TBIOLHRWNMK")
+    gru, every, shared = sizes["controller"], sizes["every"], sizes["shared"]
     G, F, P = (3 if gru else 4) * H, R * M, (R + W) * (M + K + 3) + 2 * W * M
     forward = name == "ntm_sequence"
-    scalars = values[: 21 if forward else 20]
-    keep = not forward or scalars[-1]
-    numbers = [M * N, R * N, W * N, F, L * H, 0 if gru else L * H]
-    state, initial = [B * n for n in numbers], [n if shared else B * n for n in numbers]
-    kept = [(L - 1) * T * B * G, L * T * B * G * gru, (L - 1) * T * B * H, L * T * B * H * (not gru), T * B * P]
-    kept_after = [T * B * R * N, T * B * W * N, (T - 1) // every * B * M * N]
-    x, features = T * B * G, T * B * (H + F)
-    trail = [x, *(n * keep for n in kept), features, *(n * keep for n in kept_after), 0]
+    keep = not forward or sizes["keep"]
+    state = {"memory": M * N, "read_weights": R * N, "write_weights": W * N, "reads": F, "hidden": L * H}
+    state["cell"] = 0 if gru else L * H
+    x, upper_x, y = T * B * G, (L - 1) * T * B * G, L * T * B * G * gru
+    kept = {"upper_x": upper_x, "y": y, "hidden": (L - 1) * T * B * H, "cell": L * T * B * H * (not gru)}
+    kept |= {"params": T * B * P, "read_weights": T * B * R * N, "write_weights": T * B * W * N}
+    kept["memory"] = (T - 1) // every * B * M * N
+    features = T * B * (H + F)
+    counts = {f"initial_{own}": n if shared else B * n for own, n in state.items()}
+    counts |= {f"trail_{own}": n * keep for own, n in kept.items()}
+    counts |= {"trail_x": x, "trail_features": features, "trail_active": 0, "inputs": T * B * I, "outputs": 0}
+    counts |= {"grad_outputs": features, "grad_x": x, "grad_upper_x": upper_x, "grad_y": y, "grad_params": T * B * P}
+    counts |= {f"{way}_{own}": B * n for way in ("final", "grad_initial") for own, n in state.items()}
+    names = native.signature(name).tensors
+    if not forward:
+        given = bool(addresses[names.index("grad_final_memory")])  # the gradient of the final state
+        counts |= {f"grad_final_{own}": B * n * given for own, n in state.items()}
+
+    def role(own: str) -> str:
+        if forward and own.startswith(("final", "trail")):
+            return ("both" if keep else "in") if own == "trail_x" else "out"
+        return "out" if own.startswith("grad_") and not own.startswith(("grad_final", "grad_outputs")) else "in"
+
     layer = lambda l: [G * ((F if not l else H) + (0 if l else I)), G * H, G, G]  # noqa: E731
     weights = [n for l in range(L) for n in layer(l)] + [P * H, P, O * (H + F), O]
-    table = ctypes.cast(values[len(scalars)], ctypes.POINTER(ctypes.c_uint64))
-    if forward:
-        roles = ["in"] * (2 + len(state)) + ["out"] * len(state)
-        roles += ["both" if keep else "in", *["out"] * (len(trail) - 1)]
-        counts = [T * B * I, 0, *initial, *state, *trail]
-    else:
-        given = bool(values[len(scalars) + 20])  # the gradient of the final state
-        counts = [*initial, state[0], *trail, features, *(n * given for n in state)]
-        roles = ["in"] * len(counts) + ["out"] * (len(state) + 4)
-        counts += [*state, x, kept[0], kept[1], kept[4]]
-    addresses = [*(table[i] for i in range(len(weights))), *values[len(scalars) + 1 :]]
-    arrays = list(zip(["in"] * len(weights) + roles, weights + counts, addresses))
-    assert len(arrays) == len(addresses) == len(weights) + len(counts)
-    return scalars, arrays
+    table = ctypes.cast(addresses[0], ctypes.POINTER(ctypes.c_uint64))
+    arrays: list[Array] = [("in", count, table[i]) for i, count in enumerate(weights)]
+    return arrays + [(role(own), counts[own], place) for own, place in list(zip(names, addresses, strict=True))[1:]]
 
 
 class Outcome(NamedTuple):
     kernel: str  # read, read_backward ...
-    way: str  # that csrc/cuda/plan.h took
+    way: str  # where the plan of csrc/cuda/plan.h puts the data
     right: bool
     printed: str
 
 
-def replay(program: Path, calls: list[Path], fault: str | None = None) -> list[Outcome]:
-    """What became of each call. After a sanitizer's report the others go on where a fault is planted."""
+def replay(program: Path, calls: list[Path], fault: str | None = None, *, until_wrong: bool = False) -> list[Outcome]:
+    """The outcome of each call, or of those up to the first that goes wrong.
+
+    With a planted fault, a call goes on after a sanitizer's report.
+    """
     number = plant.FAULTS.index(fault) + 1 if fault else 0
+    number = -number if until_wrong else number
     go_on = {
         "ASAN_OPTIONS": "halt_on_error=0:suppress_equal_pcs=0:symbolize=0",
         "TSAN_OPTIONS": "suppress_equal_stacks=0:suppress_equal_addresses=0:symbolize=0",

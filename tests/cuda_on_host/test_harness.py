@@ -1,4 +1,4 @@
-"""The harness itself: kernels that are right run clean, and each planted fault is found."""
+"""The harness itself: correct kernels run without a report, and each planted fault is found."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from cuda_on_host import build
 from cuda_on_host.replay import need, run
 
 SELFTEST = build.HERE / "selftest.cpp"
-# What finds each fault that selftest.cpp plants in the kernel of a block and of warps, and its words.
+# Each fault that selftest.cpp plants in its kernels of blocks and of warps; the kind that finds it; its message.
 TEAM_FAULTS = [
     ("no barrier", "thread", "data race"),
     ("two blocks write", "thread", "data race"),
-    ("one block ahead", "thread", "data race"),  # whose barriers come between
+    ("one block ahead", "thread", "data race"),  # its barriers lie between the writes
     ("read behind", "address", "use-after-poison"),
     ("read behind", "plain", "nan, expected"),
     ("write behind", "address", "use-after-poison"),
@@ -25,7 +25,7 @@ TEAM_FAULTS = [
     ("barrier and shuffle", "plain", "thread 16 waits in a shuffle"),
     ("two places", "plain", "thread 16 waits in __syncwarp"),
 ]
-# And in the kernel of groups of warps
+# The same for its kernel of groups of warps.
 GROUP_FAULTS = [
     ("no barrier", "thread", "data race"),
     ("no barrier", "plain", "nan, expected"),

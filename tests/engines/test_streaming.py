@@ -1,22 +1,27 @@
-"""Calls like earlier ones are not checked again, and give the same; whatever changes in between is heeded."""
+"""A streamed call like an earlier one is not checked again and gives the same; any change in between is noticed."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable
 
 import pytest
 import torch
 import torch.utils._python_dispatch
-from helpers.machines import flat, make, some
+from helpers.cases import OTHER_OPTIONS
+from helpers.machines import NATIVE, flat, make, some
 from torch import Tensor, nn
 
-import ntm_fast
-from ntm_fast import FastNTM, NTMCell, NTMState, _native, ops, sequence
+from ntm_fast import FastNTM, NTMCell, NTMState, native
+from ntm_fast.engines import sequence
+from ntm_fast.modules import ntm as modules
+from ntm_fast.ops.serving import why_not_native
+from ntm_fast.spec import NTMConfig
 
 pytestmark = pytest.mark.usefixtures("made_on_the_backend")
 
 
-# How a module is called for one step of a sequence (T, B, I).
+# Ways to call a module for one step of a sequence: class, options, and the step's input from one of shape (1, B, I).
 FORMS = {
     "FastNTM": (FastNTM, {}, lambda x: x),
     "FastNTM, batch first": (FastNTM, {"batch_first": True}, lambda x: x.transpose(0, 1)),
@@ -28,31 +33,30 @@ FORMS = {
 
 @pytest.fixture
 def checks(monkeypatch) -> list[int]:
-    """Grows with each call that is checked. Nothing has been remembered of earlier ones."""
-    if ops.why_not_native(torch.device("cpu"), torch.float32, "ntm_sequence"):
+    """A list that grows with each call that is checked. At the start no earlier call is remembered."""
+    if why_not_native(torch.device("cpu"), torch.float32, "ntm_sequence"):
         pytest.skip("no native sequence engine")
     if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
         pytest.skip("this torch does not let its tensors be looked at")
     monkeypatch.setattr(sequence, "remembered", {})
-    found, check = [], FastNTM._check_inputs
-    for cls in (FastNTM, NTMCell):
-        monkeypatch.setattr(cls, "_check_inputs", lambda *args: found.append(1) or check(*args))
+    found, check = [], modules.check_inputs
+    monkeypatch.setattr(modules, "check_inputs", lambda *args: found.append(1) or check(*args))
     return found
 
 
 def bits(outputs: Tensor, state: NTMState) -> list[Any]:
-    """What can be told of results, as what can be compared."""
+    """All that can be told of results, in a form that can be compared."""
     return [(x.numpy().tobytes(), x.shape, x.stride(), x.dtype, x.requires_grad) for x in (outputs, *flat(state))]
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("controller", ("lstm", "gru"))
+@pytest.mark.parametrize("controller", NATIVE)
 @pytest.mark.parametrize("batch", (1, 4))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_streaming_checks_a_step_like_the_last_no_more(
     checks: list[int], monkeypatch, form: str, controller: str, batch: int, dtype: torch.dtype
 ) -> None:
-    """The bits of one call for all steps, and all that can be told of the results of calls that were checked."""
+    """Streamed calls give the bits of one call for all steps; unchecked calls look like checked ones in all else."""
     cls, options, take = FORMS[form]
     batch = 1 if "unbatched" in form else batch
     options = dict(engine="sequence", dtype=dtype, controller=controller, num_layers=2, **options)
@@ -70,12 +74,12 @@ def test_streaming_checks_a_step_like_the_last_no_more(
             assert torch.equal(torch.cat(outputs), whole)
             told = [part[1:] for part in bits(y, state)]
             assert told == [part[1:] for part in checked] and type(state) is NTMState and type(y) is Tensor
-    assert len(checks) == 2 + 1 + 1 + 1  # the first and the second step; wholes; without a state nothing is remembered
+    assert len(checks) == 2 + 1 + 1 + 1  # steps 1 and 2, and calls without a state, which are not remembered
     before = bits(y, state)
     with torch.no_grad():
         found = bits(*module(take(inputs[:1]), state))
-        assert bits(y, state) == before  # results are nobody else's
-        monkeypatch.setattr(_native, "layouts", lambda tensors: None)  # as before torch 2.10
+        assert bits(y, state) == before  # no later call changes earlier results
+        monkeypatch.setattr(native, "layouts", lambda tensors: None)  # as with torch before 2.10
         assert bits(*module(take(inputs[:1]), state)) == found and len(checks) == 6
 
 
@@ -84,13 +88,14 @@ class Doubled(nn.Module):
         return 2 * x
 
 
-# What may come between two calls and must be heeded by the second.
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    setattr(module, name, value)
+
+
+# What may change between two calls. The second call must notice.
 CHANGES = {
     "nothing": lambda module: None,
-    "clip": lambda module: setattr(module, "clip", 0.3),
-    "read_first": lambda module: setattr(module, "read_first", True),
-    "key_activation": lambda module: setattr(module, "key_activation", "identity"),
-    "add_activation": lambda module: setattr(module, "add_activation", "identity"),
+    **{name: functools.partial(_set, name=name, value=value) for name, value in OTHER_OPTIONS.items()},
     "engine": lambda module: setattr(module, "engine", "reference"),
     "weights in place": lambda module: module.heads.weight.data.mul_(0.5),
     "another parameter": lambda module: setattr(module.output, "bias", nn.Parameter(module.output.bias + 1)),
@@ -116,7 +121,7 @@ LAYOUTS = {
 
 
 def check_that_it_is_heeded(change: str = "nothing", layout: str = "as before") -> None:
-    """A call computes what it would, had nothing like it been met before."""
+    """After a change, a call computes what it would if no earlier call were remembered."""
     module, inputs, state = make(engine="auto"), some(1, 2, 3), None
     with torch.no_grad():
         for _ in range(3):
@@ -140,22 +145,23 @@ def test_other_layouts_are_heeded(checks: list[int], layout: str) -> None:
 
 
 def test_planted_faults_in_what_is_remembered_are_found(checks: list[int], monkeypatch) -> None:
-    layouts, seen = _native.layouts, []
+    layouts, seen = native.layouts, []
 
     def blind(tensors: tuple) -> tuple:
         (part, layout), addresses = layouts(tensors)
-        if len(tensors) > 7:  # arguments, and not results
+        if len(tensors) > 7:  # these are arguments, not results
             seen.append(layout)
             layout = seen[0]
         return (part, layout), addresses
 
     with monkeypatch.context() as plant:
-        plant.setattr(ntm_fast.modules, "_SETTINGS", lambda module: ())
-        for change in ("clip", "read_first", "key_activation", "add_activation"):
+        plant.setattr(NTMConfig, "__eq__", lambda a, b: True)
+        plant.setattr(NTMConfig, "__hash__", lambda config: 0)
+        for change in OTHER_OPTIONS:
             with pytest.raises(AssertionError, match="not heeded"):
                 check_that_it_is_heeded(change=change)
     with monkeypatch.context() as plant:
-        plant.setattr(_native, "layouts", blind)
+        plant.setattr(native, "layouts", blind)
         for layout in ("inputs", "memory", "reads"):
             sequence.remembered.clear()
             with pytest.raises(AssertionError, match="not heeded"):
@@ -194,7 +200,7 @@ def test_what_cannot_be_repeated_is_found_out_once(checks: list[int], monkeypatc
     calls, remember = [], sequence.remember
     monkeypatch.setattr(sequence, "remember", lambda *args: calls.append(1) or remember(*args))
     module, inputs = make(engine="auto"), some(1, 2, 3)
-    state = module.initial_state(2).detach()  # whose memory does not lie as native code takes it
+    state = module.initial_state(2).detach()  # its memory does not lie as native code takes it
     with torch.no_grad():
         for _ in range(3):
             _, other = module(inputs, state)
@@ -211,7 +217,7 @@ def test_what_cannot_be_repeated_is_found_out_once(checks: list[int], monkeypatc
         (lambda x, s: (x[..., :2], s), "inputs.*input_size"),
         (lambda x, s: (x.double(), s), "inputs.*float64"),
         (lambda x, s: (x.to("meta"), s), "inputs.*meta"),
-        (lambda x, s: (x.to_sparse(), s), "Contiguous"),  # which native code asks of it
+        (lambda x, s: (x.to_sparse(), s), "Contiguous"),  # the error comes from the native code
         (lambda x, s: (x.tolist(), s), "inputs.*list"),
         (lambda x, s: (x, s._replace(memory=s.memory.mT)), "state.memory"),
         (lambda x, s: (x, s._replace(reads=None)), "state.reads"),

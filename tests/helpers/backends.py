@@ -1,4 +1,4 @@
-"""The native backends under test, and which of their functions a test calls."""
+"""The native backends under test."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from cuda_on_host import build
 import ntm_fast
 from helpers import native_calls
 from helpers.cases import OPERATORS
-from ntm_fast import _native
+from ntm_fast import native
+from ntm_fast.native import build as native_build
+from ntm_fast.native import parts
 
 
 class Backend:
-    """A native backend under test. Another one is one more entry in BACKENDS, and every test runs on it."""
+    """A native backend under test. Every test runs on each entry of BACKENDS."""
 
     def __init__(self, name: str, device: str) -> None:
         self.name, self.device = name, device
@@ -29,7 +31,7 @@ class Backend:
         return ", ".join(sorted(reasons - {"native"})) or None
 
     def activate(self, monkeypatch) -> None:
-        """Make the operators use this backend for tensors on ``device``; nothing to do where they do so anyway."""
+        """Make the operators use this backend for tensors on ``device``. This one serves there without help."""
 
     def kernels(self) -> str | None:
         """The name of the native backend that must serve."""
@@ -37,7 +39,7 @@ class Backend:
 
     @contextlib.contextmanager
     def serves(self, *expected: str):
-        """Within, exactly these native functions are called, in this order, and those of this backend."""
+        """Assert that inside the block exactly these native functions are called, in this order, on this backend."""
         with native_calls.recorded() as calls:
             yield
         wanted = [(name, self.kernels()) for name in expected]
@@ -45,22 +47,22 @@ class Backend:
 
 
 class CPUVariant(Backend):
-    """One build of the CPU's kernels, whichever of them this machine would choose."""
+    """One build of the CPU's kernels, even if this machine would choose another."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"native_cpu_{name}", "cpu")
         self.variant = name
 
     @functools.cached_property
-    def part(self) -> native_calls.Part:
-        for name, file, level in _native._VARIANTS:
+    def part(self) -> native.Part:
+        for name, file, level in parts.VARIANTS:
             if (
                 name == self.variant
-                and name in _native._build().record["cpu"]
-                and level <= _native._extension().cpu_level()
+                and name in native_build.found().record["cpu"]
+                and level <= native_build.extension().cpu_level()
             ):
-                return native_calls.Part(_native._load(file), name, None)
-        return native_calls.Part(None, None, f"the CPU variant {self.variant} was not built or does not run here")
+                return parts.described(native_build.load(file))
+        return native.Part(None, None, f"the CPU variant {self.variant} was not built or does not run here")
 
     def missing(self) -> str | None:
         return super().missing() or self.part.reason
@@ -73,22 +75,22 @@ class CPUVariant(Backend):
 
 
 class CUDAOnHost(Backend):
-    """The CUDA kernels, compiled by g++ for tensors on the CPU: see cuda_on_host."""
+    """The CUDA kernels, compiled by g++ to work on tensors of the CPU: see tests/cuda_on_host."""
 
     def __init__(self) -> None:
         super().__init__("cuda_on_host", "cpu")
 
     @functools.cached_property
-    def part(self) -> native_calls.Part:
+    def part(self) -> native.Part:
         try:
-            _native._extension()
-        except _native._Missing as missing:
-            return native_calls.Part(None, None, str(missing))
+            native_build.extension()
+        except native.Missing as missing:
+            return native.Part(None, None, str(missing))
         reason = build.missing()
         if reason:
-            return native_calls.Part(None, None, reason)
+            return native.Part(None, None, reason)
         library = build.compiled(tuple(sorted(build.CSRC.glob("cuda/*.cu"))), "backend.so")
-        return native_calls.Part(_native._extension().load(str(library)), self.name, None, cuda=True)
+        return parts.described(native_build.extension().load(str(library)))
 
     def missing(self) -> str | None:
         return self.part.reason
@@ -96,16 +98,16 @@ class CUDAOnHost(Backend):
     def activate(self, monkeypatch) -> None:
         native_calls.serve_by(monkeypatch, self.part)
 
-    def kernels(self) -> str:
-        return self.name
+    def kernels(self) -> str | None:
+        return self.part.name
 
 
-# The torch side of the operators is tested on each of BACKENDS, the numbers on each of KERNELS.
+# Numbers are tested on each of KERNELS. What only PyTorch's side decides is tested on each of BACKENDS.
 BACKENDS = [Backend("native_cpu", "cpu"), Backend("cuda", "cuda")]
 CUDA_ON_HOST = CUDAOnHost()
 KERNELS = [
     *BACKENDS,
-    *(CPUVariant(name) for name, _, _ in _native._VARIANTS if name != ntm_fast.capabilities()["cpu"]),
+    *(CPUVariant(name) for name, _, _ in parts.VARIANTS if name != ntm_fast.capabilities()["cpu"]),
     CUDA_ON_HOST,
 ]
 
@@ -116,7 +118,7 @@ def required(name: str) -> bool:
 
 
 def usable(backend: Backend, monkeypatch) -> Backend:
-    """Skips, with the reason, what this machine lacks, unless NTM_TEST_REQUIRE says that it must be there."""
+    """Activate the backend. Where it cannot serve, the test is skipped, or fails if NTM_TEST_REQUIRE names it."""
     backend.activate(monkeypatch)
     reason = backend.missing()
     if reason and required(backend.name):

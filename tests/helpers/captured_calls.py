@@ -1,4 +1,4 @@
-"""Calls of the step engine that are captured into graphs, and the same calls without graphs."""
+"""Calls of the step engine with captured graphs, and the same calls without graphs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from helpers.machines import CLOSE, flat, make, some
-from ntm_fast import FastNTM, NTMState, graphs
+from ntm_fast import FastNTM, NTMState
+from ntm_fast.engines import graphs
 
 FIRST = graphs.CAPTURED_AT  # the call that is captured
 CALLS = FIRST + 2
@@ -31,12 +32,12 @@ def captured() -> list:
 
 
 def some_state(ntm: FastNTM, seed: int) -> NTMState:
-    """Of two sequences; leaves."""
+    """A state of two sequences, made of leaves."""
     return ntm.initial_state(2).detach().map(lambda x: some(*x.shape, seed=seed).softmax(-1).requires_grad_())
 
 
 def train(ntm: FastNTM, inputs: Tensor, state: NTMState | None = None) -> list[Tensor]:
-    """Outputs, the final state, and the gradients of all that requires one: as they were returned, not copies."""
+    """Outputs, final state, and the gradients of all that requires one: the very tensors returned, no copies."""
     outputs, final = ntm(inputs, state)
     results = [outputs, *flat(final)]
     loss = sum((x * some(*x.shape, dtype=x.dtype, seed=40 + i)).sum() for i, x in enumerate(results))
@@ -45,7 +46,7 @@ def train(ntm: FastNTM, inputs: Tensor, state: NTMState | None = None) -> list[T
 
 
 def check(needs_inputs: bool = True, given: bool = False, close: dict = CLOSE, **options: Any) -> None:
-    """Calls with other numbers and other parameters each time; and what was returned earlier stays as it was."""
+    """Each call has other inputs and parameters; and what an earlier call returned stays as it was."""
     ntm = make(engine="step", **{"memory_init": "learned", **options})
     twin, held = copy.deepcopy(ntm), []
     for call in range(CALLS):
@@ -65,7 +66,7 @@ def check(needs_inputs: bool = True, given: bool = False, close: dict = CLOSE, *
 
 
 def warm(ntm: FastNTM, calls: int = FIRST) -> None:
-    """As many calls of a training step, all of one kind."""
+    """Make that many training steps, all of one kind."""
     for call in range(calls):
         train(ntm, some(5, 2, 3, seed=90 + call).requires_grad_())
 

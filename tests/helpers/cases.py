@@ -1,4 +1,4 @@
-"""The operators' contract said again, and the cases made of it: sizes, extremes, memory layouts."""
+"""The operators' contract, written a second time, and test cases made from it: sizes, extremes, memory layouts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any, Callable, NamedTuple
 import torch
 from torch import Tensor
 
-# The operators' contract, said again: dimensions of inputs and outputs. G is 4N or 3N gates of N units.
+from ntm_fast.spec import STEP_OPTIONS
+
+# The dimensions of inputs and outputs. G is 4N or 3N gates of N units.
 SHAPES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "content_addressing": ({"memory": "BNM", "key": "BHM", "beta": "BH"}, {"content": "BHN"}),
     "interpolate": ({"content": "BHN", "previous": "BHN", "gate": "BH"}, {"gated": "BHN"}),
@@ -101,9 +103,9 @@ def _zero_first_key(inputs: dict[str, Tensor]) -> None:
 
 class Extreme(NamedTuple):
     change: Callable[[dict[str, Tensor]], None]
-    touches: tuple[str, ...]  # an operator with one of these inputs has this extreme
-    # How much larger than an ulp of the gradients that come in an operator's rounding errors may be where they cancel
-    # to nothing in the true answer: a saturated softmax has a gradient of 0, to rounding errors of beta or gamma ulp.
+    touches: tuple[str, ...]  # for operators with one of these inputs
+    # A true gradient may be 0 because large terms cancel, as in a saturated softmax. Rounding leaves an error there, of
+    # beta or gamma ulp. This is how many ulp of the gradients that come in are allowed.
     amplification: float
 
 
@@ -120,7 +122,7 @@ EXTREMES = {
     "large_memory": Extreme(_scale("memory", by=1e10), ("memory",), 0),
     "one_hot": Extreme(_weightings(_one_hot), _WEIGHTINGS, 1),
     "some_zeros": Extreme(_weightings(_some_zeros), _WEIGHTINGS, 1),
-    "zero_weights": Extreme(_weightings(torch.zeros_like), _WEIGHTINGS, 1e3),  # of log tiny, -708 in float64
+    "zero_weights": Extreme(_weightings(torch.zeros_like), _WEIGHTINGS, 1e3),  # log(tiny) is -708 in float64
     "full_erase": Extreme(_fill("erase", value=1.0), ("erase",), 0),
     "raw_20": Extreme(lambda inputs: "params" in inputs and inputs["params"].sign_().mul_(20), ("params",), 1e3),
     "raw_beyond_clip": Extreme(_scale("params", by=20.0), ("params",), 1e4),
@@ -130,8 +132,8 @@ EXTREMES = {
 }
 
 
-# Each makes a tensor with the values given, laid out so that a kernel that believes in dense rows is found out:
-# what lies between and around the values is NaN.
+# Each returns the same values in another memory layout. What lies between and around the values is NaN, so that a
+# kernel that assumes dense rows reads NaN.
 def _gaps(x: Tensor) -> Tensor:
     room = x.new_full([2 * size + 1 for size in x.shape], torch.nan)
     view = room[tuple(slice(1, None, 2) for _ in x.shape)]
@@ -151,6 +153,16 @@ def _expanded(x: Tensor) -> Tensor:
     return x[:1].expand(x.shape) if len(x) else x
 
 
+# Another value than the default for each option of a memory step: tests that go over the options use these.
+OTHER_OPTIONS: dict[str, Any] = {
+    "read_first": True,
+    "key_activation": "identity",
+    "add_activation": "identity",
+    "clip": 0.3,
+    "eps": 0.1,
+}
+assert OTHER_OPTIONS.keys() == STEP_OPTIONS.keys() - {"shift_range"}, "an option of spec.StepOptions has no other value"
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
     "transposed": _transposed,
@@ -162,7 +174,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Case(NamedTuple):
-    """One test of one operator; everything follows from it."""
+    """One test of one operator. Inputs and incoming gradients follow from it."""
 
     op: str
     B: int = 2
@@ -174,7 +186,7 @@ class Case(NamedTuple):
     S: int = 1
     dtype: torch.dtype = torch.float32
     extremes: tuple[str, ...] = ()
-    layouts: tuple[str, ...] = ("contiguous",)  # of the inputs in their order, going round
+    layouts: tuple[str, ...] = ("contiguous",)  # for the inputs in order, repeated as needed
     options: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
 
@@ -192,10 +204,10 @@ class Case(NamedTuple):
         return getattr(self, letter)
 
     def amplification(self, inputs: dict[str, Tensor]) -> float:
-        """See Extreme; in ulp."""
+        """How many ulp a gradient that cancels may be wrong: see Extreme."""
         amplification = max((EXTREMES[extreme].amplification for extreme in self.extremes), default=0.0)
         if self.op == "address" and self.B and (self.N == 1 or self.S == 0):
-            # A softmax of one number is 1; and one shift alone scales the weights, which sharpening undoes.
+            # A softmax of one number is 1. A single shift scales all weights, and sharpening undoes that.
             amplification = max(amplification, float(inputs["gamma"].max()))
         if self.M == 1 and "key" in inputs and self.B:
             # The cosine of numbers is 1 or -1: its gradient, a difference of terms of 1/|k| and 1/|M_i|, is 0.
@@ -203,11 +215,11 @@ class Case(NamedTuple):
             largest = max(float(1 / size[size > 0].min()) for size in sizes if size.any())
             amplification = max(amplification, largest * float(inputs["beta"].max()))
         if self.M == 1 and self.op == "memory_step":
-            amplification = max(amplification, 10.0)  # likewise; its keys are seldom smaller than 0.1
+            amplification = max(amplification, 10.0)  # the same; its keys are seldom smaller than 0.1
         return amplification
 
     def tensors(self, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Inputs, and a gradient for each output; the same numbers on every device."""
+        """Inputs, and the gradient that comes in for each output. The numbers are the same on every device."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(letters: str) -> Tensor:
@@ -241,5 +253,5 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype, device: str = "cpu") ->
 
 
 def on(device: str, inputs: dict, case: Case, grads: dict) -> tuple[dict, dict, dict]:
-    """What evaluate takes after the function, on that device."""
+    """The arguments of ``evaluate`` after the function, with tensors on that device."""
     return cast(inputs, case.dtype, device), case.keywords(), cast(grads, case.dtype, device)

@@ -19,7 +19,7 @@ SWEEP_CASES = int(os.environ.get("NTM_SWEEP_CASES", 40))
 
 
 def sweep(node: str, check_seed: Callable[[int], None]) -> None:
-    """NTM_SWEEP_SEED and NTM_SWEEP_CASES repeat one case or run many more; a failure says how to repeat it."""
+    """Check random cases. With NTM_SWEEP_SEED and NTM_SWEEP_CASES one can repeat one case, or run many more."""
     failures = []
     for seed in range(SWEEP_SEED, SWEEP_SEED + SWEEP_CASES):
         try:
@@ -45,15 +45,15 @@ def assert_agrees(
 ) -> None:
     """Compare each tensor with the float64 reference, ``truth``; ``single`` is the float32 reference.
 
-    float32: a relative L2 error of 1e-5, about a hundred ulp, which covers sums over hundreds of terms. Where a case
-    is worse conditioned than that, torch's own float32 shows it: at most twice its error, and 8 ulp more because its
-    error may happen to be 0.
-    float64: 1e-12, some 5,000 ulp; where float32 shows bad conditioning, eight times what it loses, scaled by the ulps.
-    ``floor``, in ulp, times ``grad_norm`` for gradients: see Extreme.amplification. It is at least a tenth of an ulp:
-    some gradients are sums over all locations that cancel, down to a single number for one head.
+    float32: a relative L2 error of 1e-5, about a hundred ulp, which covers sums over hundreds of terms. A case may be
+    worse conditioned; torch's own float32 shows that, so twice its error is allowed too, and 8 ulp more because its
+    error may be 0 by luck.
+    float64: 1e-12, some 5,000 ulp; or eight times the error of torch's float32, scaled by the ratio of the ulps.
+    ``floor``, in ulp, times ``grad_norm`` for gradients, is added: see Extreme.amplification. It is at least a tenth of
+    an ulp, because some gradients are sums over all locations that cancel, down to a single number for one head.
 
-    The same holds for each element of the batch alone, ten times wider, so that an element with small numbers cannot
-    hide behind one with large numbers.
+    Each element of the batch is compared alone too, with ten times the tolerance: an element of small numbers cannot
+    hide behind one of large numbers.
     """
     problems = []
     for name, got in actual.items():

@@ -1,9 +1,9 @@
-"""CUDA graphs as far as they can be had without a GPU: every operation with its addresses, and nothing of Python.
+"""An emulation of CUDA graphs without a GPU.
 
-Capturing runs the work and notes each torch operation with the tensors it had, and each native function with the raw
-addresses that it was given. Nothing is known of the results, as on a GPU, where capturing computes nothing: they are
-filled with NaN. A replay does what was noted, in the same memory. Memory that nothing outside of the graphs holds any
-more is a pool's to give to others: after every capture and replay it is filled with NaN too.
+A capture runs the work and notes each torch operation with its tensors, and each native function with its raw
+addresses. On a GPU a capture computes nothing, so here its results are filled with NaN afterwards. A replay repeats
+what was noted, in the same memory; it runs none of the Python code around it. On a GPU, memory that only the graphs
+still hold may be given to others, so here it is filled with NaN after every capture and replay.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch.utils._pytree import tree_map_only
 
 from helpers.native_calls import binding_replaced
 
-NAN = 0xFF  # in each of its bytes
+NAN = 0xFF  # a number whose bytes are all 0xFF is NaN
 NATIVE = {"memory_step", "lstm_gates", "gru_gates"}  # what the step engine calls
-ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # which launch nothing
+ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # these launch nothing
 
 
 class HostRecorder:
     """Stands in for graphs.CUDARecorder."""
 
     recording = False
-    replays = 0  # of all graphs
+    replays = 0  # of all graphs together
     room = 1 << 40
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.bytes = device, 0
-        self.blocks: dict[int, Tensor] = {}  # all of each storage that the graphs know, by its address
-        self.aliases: dict[int, list[Tensor]] = {}  # our own tensors there
-        self.given: set[int] = set()  # the storages that were there before
+        self.blocks: dict[int, Tensor] = {}  # a tensor over the whole of each storage that the graphs know, by address
+        self.aliases: dict[int, list[Tensor]] = {}  # the tensors over each storage that the graphs hold
+        self.given: set[int] = set()  # storages that existed before the capture
 
     @staticmethod
     def stream(device: torch.device) -> int | None:
@@ -67,7 +67,7 @@ class HostRecorder:
         return replay, results
 
     def alias(self, tensor: Tensor) -> Tensor:
-        """The same numbers, held by us alone."""
+        """Another tensor over the same memory, held by the graphs alone."""
         address = tensor.untyped_storage().data_ptr()
         if address not in self.blocks:
             size = tensor.untyped_storage().nbytes()
@@ -80,7 +80,7 @@ class HostRecorder:
 
     def _scribble(self) -> None:
         for address, block in self.blocks.items():
-            # Asking makes one more, for Python.
+            # The question itself adds one use, by Python.
             if torch._C._storage_Use_Count(block.untyped_storage()._cdata) == len(self.aliases[address]) + 1:
                 block.fill_(NAN)
 
@@ -94,9 +94,9 @@ class _NotingBinding:
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._binding, name)
 
-        def call(backend: int, is_double: bool, *arguments: Any) -> None:
-            self._operations.append(lambda: function(backend, is_double, *arguments))
-            function(backend, is_double, *arguments)
+        def call(*arguments: Any) -> None:
+            self._operations.append(lambda: function(*arguments))
+            function(*arguments)
 
         return call if name.removesuffix("_backward") in NATIVE else function
 
@@ -118,7 +118,7 @@ class _Noting(TorchDispatchMode):
 
         def again() -> None:
             for result, own in zip(_flat(function(*own_args, **own_kwargs)), _flat(own_results), strict=True):
-                if result.data_ptr() != own.data_ptr():  # neither a view nor written in place
+                if result.data_ptr() != own.data_ptr():  # the result is neither a view nor written in place
                     own.copy_(result)
 
         if name not in ALLOCATE:

@@ -1,4 +1,4 @@
-"""The calls of native functions: which backend serves them, which were made, and faults planted in them."""
+"""Native calls: which part serves them, which calls were made, and where a test can step in."""
 
 from __future__ import annotations
 
@@ -6,48 +6,47 @@ import contextlib
 import functools
 from typing import Any, Callable, Iterator
 
-from ntm_fast import _native
+from ntm_fast import native
+from ntm_fast.native import build, calls, parts
 
 from .cases import OPERATORS
 
-Part = _native._Part
 
-
-def serve_by(monkeypatch, part: Part) -> None:
+def serve_by(monkeypatch, part: native.Part) -> None:
     """From now on, this part serves tensors on the CPU."""
-    monkeypatch.setattr(_native, "_cpu", lambda: part)
-    monkeypatch.setitem(_native._PARTS, "cpu", lambda: part)
+    monkeypatch.setitem(parts.PARTS, "cpu", lambda: part)
     forget_answers(monkeypatch)
 
 
 def forget_answers(monkeypatch) -> None:
-    """What a part said that it serves, another may not: it is asked again."""
-    monkeypatch.setattr(_native, "_reasons", {})
-    monkeypatch.setattr(_native, "_refusals", {})
+    """Ask again what the part serves: the answers so far may come from another part."""
+    monkeypatch.setattr(parts, "_reasons", {})
+    monkeypatch.setattr(calls, "_refusals", {})
 
 
 def intercept(monkeypatch, instead: Callable[..., None]) -> None:
-    """From now on, each native call becomes ``instead(call, name, like, *values)``, ``call`` being the right one."""
-    monkeypatch.setattr(_native, "call", functools.partial(instead, _native.call))
+    """From now on, each native call becomes ``instead(call, name, like, scalars, addresses)``, ``call`` being the
+    right one."""
+    monkeypatch.setattr(native, "call", functools.partial(instead, native.call))
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple[str, str]]]:
-    """The native functions of operators and sequences called within: each one's name, and its backend's."""
-    calls: list[tuple[str, str]] = []
-    with binding_replaced(lambda binding: _Recorder(binding, calls)):
-        yield calls
+    """The list of the native calls made inside the block: the function's name, and its backend's name."""
+    made: list[tuple[str, str]] = []
+    with binding_replaced(lambda binding: _Recorder(binding, made)):
+        yield made
 
 
 @contextlib.contextmanager
 def binding_replaced(replace: Callable[[Any], Any]) -> Iterator[None]:
-    """Within, native functions are looked for in ``replace(binding)``."""
-    right = _native._extension
-    _native._extension = lambda: replace(right())
+    """Inside the block, native functions are taken from ``replace(binding)``."""
+    right = build.extension
+    build.extension = lambda: replace(right())
     try:
         yield
     finally:
-        _native._extension = right
+        build.extension = right
 
 
 class _Recorder:

@@ -1,6 +1,6 @@
 """Fresh memory full of NaN between guards: a number that is never written, or written outside of its tensor, is found.
 
-Stands in for what ``ops`` and ``sequence`` take their outputs and buffers from.
+Stands in for what the operators take their outputs and buffers from.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
-from ntm_fast import ops, sequence
+from ntm_fast import native
+from ntm_fast.ops import contract
 
-GUARD, SENTINEL = 64, 777.0  # 64 elements keep an allocation's alignment
+GUARD, SENTINEL = 64, 777.0  # with 64 elements in front, a tensor is aligned as an allocation is
 
 
 class Poison:
@@ -36,7 +37,7 @@ class Poison:
         return result
 
     def check(self, *, all_written: bool = False) -> None:
-        """Nobody wrote outside of a tensor; and, if asked for, every number was written."""
+        """Assert that nobody wrote outside of a tensor and, if ``all_written``, that every number was written."""
         for index, (block, result) in enumerate(zip(self.blocks, self.results)):
             what = f"buffer {index}, {tuple(result.shape)}"
             guards = torch.cat([block[:GUARD], block[-GUARD:]])
@@ -57,25 +58,25 @@ def handed_out() -> list[Tensor]:
 
 @contextlib.contextmanager
 def poisoned_operators() -> Iterator[Poison]:
-    """Within, what operators return is made of poison."""
-    poison, right = Poison(), ops._empty
+    """Inside the block, the outputs of operators are poisoned."""
+    poison, right = Poison(), contract.empty
 
     def empty(like: Tensor, letters: str, dims: dict[str, int]) -> Tensor:
         result = right(like, letters, dims)
         fake = type(like) is not Tensor
         return result if fake else poison.fresh(like, tuple(result.shape), result.stride())
 
-    ops._empty = empty
+    contract.empty = empty
     _current.append(poison)
     try:
         yield poison
     finally:
         _current.pop()
-        ops._empty = right
+        contract.empty = right
 
 
 def poison_sequences(monkeypatch) -> Poison:
-    """From now on, what the sequence engine allocates is made of poison."""
+    """From now on, what the sequence engine allocates is poisoned."""
     poison = Poison()
-    monkeypatch.setattr(sequence, "_empty", poison.fresh)
+    monkeypatch.setattr(native, "empty", poison.fresh)
     return poison

@@ -1,4 +1,4 @@
-"""Python in fresh processes, and source trees without a build."""
+"""Run Python in fresh processes, and make source trees without a build."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUILD = ntm_fast.capabilities()["build"] or {"cpu": [], "cuda": None, "folder": 
 native_cpu = pytest.mark.skipif(not ntm_fast.available("cpu"), reason=str(ntm_fast.capabilities()["cpu_reason"]))
 needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
 
-# Calls a native operator in a parallel region, whatever the sizes from which the kernels go parallel.
+# The tensors are so large that the native operator runs in parallel.
 WORK = """
 import torch, ntm_fast
 from ntm_fast import ops, reference
@@ -46,7 +46,7 @@ def python(code: str, cwd: Path, **environment: str) -> dict:
 
 
 def count_warnings(work: str = WORK) -> str:
-    """A program that calls work() three times and tells what it was warned of."""
+    """A program that calls work() three times and returns the warnings."""
     indented = "\n".join("    " + line for line in work.splitlines())
     return f"""
 import warnings

@@ -1,4 +1,4 @@
-"""Training steps of the sequence engine as cases, and their comparison with the float64 reference."""
+"""Cases of training steps of the sequence engine, and their comparison with the float64 reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers.backends import Backend
 from helpers.poison import Poison
 from ntm_fast import FastNTM, NTMState
 
-DEVICE = "cpu"  # of all tensors: the backend's
+DEVICE = "cpu"  # where all tensors are made; a fixture sets it to the backend's
 
 
 class Case(NamedTuple):
@@ -35,14 +35,14 @@ class Case(NamedTuple):
     add: str = "tanh"
     clip: float | None = 20.0
     memory_init: str = "learned"
-    given: bool = True  # the initial state is handed in, of leaves; else it is the module's own
+    given: bool = True  # the initial state is an argument; else it is the module's own
     checkpoint: str | int = "auto"
-    loss: str = "all"  # of the results: or of the "outputs", or of the final "state"
+    loss: str = "all"  # the results that the loss reads: "all", "outputs", or the final "state"
     dtype: torch.dtype = torch.float64
     seed: int = 0
 
     def module(self, engine: str, dtype: torch.dtype | None = None) -> FastNTM:
-        """The parameters far from their initial values, so that whatever is mixed up shows."""
+        """A module whose parameters are far from their initial values, so that any mix-up changes the results."""
         ntm = FastNTM(
             self.I, self.O, self.hidden, num_layers=self.layers, controller=self.controller, memory_locations=self.N,
             memory_width=self.M, read_heads=self.R, write_heads=self.W, shift_range=self.S,
@@ -66,7 +66,7 @@ class Case(NamedTuple):
         return self.normal(self.T, self.B, self.I, seed=1)
 
     def state(self) -> NTMState:
-        """One that could come from a sequence before."""
+        """A state as an earlier sequence could have left it."""
         B = self.B
         controller = [self.normal(self.layers, B, self.hidden, seed=6 + i) for i in range(2)]
         return NTMState(
@@ -84,7 +84,7 @@ def named(state: NTMState) -> dict[str, Tensor]:
 
 
 def train(case: Case, engine: str, dtype: torch.dtype | None = None, ntm: FastNTM | None = None) -> dict[str, Tensor]:
-    """Outputs, final state and every gradient, for gradients of what the loss is of that do not depend on it."""
+    """Outputs, final state and every gradient. The gradients that come in do not depend on the results."""
     dtype = dtype or case.dtype
     ntm = ntm or case.module(engine, dtype)
     inputs = case.inputs().to(dtype).requires_grad_()
@@ -108,14 +108,13 @@ def train(case: Case, engine: str, dtype: torch.dtype | None = None, ntm: FastNT
 
 
 def assert_agrees(actual: dict[str, Tensor], truth: dict[str, Tensor], singles: list[dict[str, Tensor]]) -> None:
-    """Relative L2 errors of each tensor against ``truth``, the float64 reference; ``singles``, none for float64, are
-    float32 references.
+    """Compare each tensor with ``truth``, the float64 reference. ``singles`` are float32 references; none for float64.
 
-    float64: 1e-9, which leaves twenty steps room to amplify rounding ten million times and no error of another kind.
-    float32: at most twice what torch's own float32 loses, there or, up to 1e-3, in any other tensor (gradients all run
-    back through one chain of steps); and 1e-5 because that may happen to be little.
-    Either way 100 ulp of the largest gradient more, for gradients that cancel to nothing: of a cosine of single numbers
-    (M = 1), of beta where all locations are alike (a constant memory).
+    float64: a relative L2 error of 1e-9. Twenty steps may amplify rounding ten million times; a real error is larger.
+    float32: 1e-5; or twice the error of torch's own float32 in the same tensor; or twice its largest relative error in
+    any tensor, at most 1e-3, because all gradients go back through one chain of steps.
+    In both, 100 ulp of the largest gradient more, for gradients that are 0 because terms cancel: of a cosine of single
+    numbers (M = 1), or of beta where all locations are alike (a constant memory).
     """
     norms = {name: float(want.norm()) for name, want in truth.items()}
     largest = {kind: max(norms[n] for n in norms if n.startswith("grad") == kind) for kind in (False, True)}
@@ -139,7 +138,7 @@ def assert_agrees(actual: dict[str, Tensor], truth: dict[str, Tensor], singles: 
 
 
 def nudged(case: Case, seed: int) -> FastNTM:
-    """The float32 reference with every parameter moved by an ulp or not."""
+    """The float32 reference, each parameter moved by one ulp up, one down, or not at all."""
     ntm = case.module("reference", torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -165,7 +164,7 @@ def check(case: Case, kernels: Backend, poison: Poison) -> None:
         except AssertionError:
             if not singles:
                 raise
-            # One float32 reference may have been lucky: what an ulp in the parameters does, rounding may do.
+            # One float32 reference may be lucky. Rounding may do what an ulp in the parameters does, so take several.
             singles += [train(case, "reference", ntm=nudged(case, seed)) for seed in range(8)]
             assert_agrees(actual, truth, singles)
     except AssertionError as error:
@@ -173,9 +172,9 @@ def check(case: Case, kernels: Backend, poison: Poison) -> None:
 
 
 def native_alone(case: Case) -> FastNTM:
-    """A machine in which torch's own products round nothing, so that all rounding seen is the native loop's.
+    """A machine in which torch's own products round nothing: what differs in the last bit comes from the native loop.
 
-    Each input feeds gates of its own, times a power of two, and the outputs are the features.
+    Each input feeds gates of its own, times a power of two, and the output layer is the identity.
     """
     ntm = case._replace(O=case.hidden + case.R * case.M).module("sequence")
     with torch.no_grad():
@@ -188,7 +187,7 @@ def native_alone(case: Case) -> FastNTM:
 
 
 def of_sequences(found: dict[str, Tensor], which: slice | list[int]) -> dict[str, Tensor]:
-    """The part of what train returns that belongs to these elements of the batch."""
+    """From what ``train`` returns, the part of these elements of the batch."""
     own = {n: x for n, x in found.items() if n.split()[-1].split(".")[0] in ("outputs", "final", "inputs", "state")}
     second = lambda name: name.endswith(("outputs", "inputs", "]"))  # noqa: E731  the batch is the second dimension
     return {name: x[:, which] if second(name) else x[which] for name, x in own.items()}
@@ -206,15 +205,15 @@ BITS = [
     {"controller": "gru", "R": 2, "W": 2},
     {"controller": "gru", "hidden": 33},
     {"N": 300, "M": 16},
-    {"T": 1, "hidden": 33, "layers": 2},  # alone, a sequence's weights are multiplied as they are stored
+    {"T": 1, "hidden": 33, "layers": 2},  # for a single sequence, weights are not packed before the product
     {"T": 1, "hidden": 33, "controller": "gru"},
 ]
 
 
 def arguments(case: Case, shared: bool = False) -> tuple[list, dict[str, Any]]:
-    """What ops.ntm_sequence is called with. ``shared``: the first element's state, without its batch dimension."""
+    """The arguments of ops.ntm_sequence. ``shared``: the state is the first element's, without a batch dimension."""
     ntm = case.module("reference").requires_grad_(False)
-    options = {**ntm._options(), "controller": case.controller, "memory_checkpoint": case.checkpoint}
+    options = {**ntm.config.sequence_options().keywords(), "memory_checkpoint": case.checkpoint}
     last = ntm.heads.weight, ntm.heads.bias, ntm.output.weight, ntm.output.bias
     *first, state = case.state()
     if shared:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from helpers.machines import CLOSE, SIZES, flat, make, skip_without_sequence, some
+from helpers.cases import OTHER_OPTIONS
+from helpers.machines import CLOSE, ENGINE_CONTROLLERS, SIZES, flat, make, skip_without_sequence, some
 from torch import Tensor, nn
 
 from ntm_fast import FastNTM, NTMCell, NTMState
+from ntm_fast.spec import NTMConfig
 
 pytestmark = pytest.mark.usefixtures("made_on_the_backend")
 
@@ -126,12 +130,17 @@ def test_bad_states_are_named() -> None:
         ntm.initial_state(2.5)
 
 
-@pytest.mark.parametrize("name", ("controller.weight_ih_l0", "controller.bias_hh_l1", "heads.bias", "output.weight"))
-def test_parameters_that_do_not_fit_are_named(backend, name: str) -> None:
+# Every engine, for what it reads beyond a tensor's end is not its own.
+EVERY_ENGINE = [*ENGINE_CONTROLLERS, ("reference", "lstm")]
+
+
+@pytest.mark.parametrize(("engine", "controller"), EVERY_ENGINE)
+@pytest.mark.parametrize("name", ("controller.weight_ih_l0", "controller.bias_ih_l1", "heads.bias", "output.weight"))
+def test_parameters_that_do_not_fit_are_named(backend, engine: str, controller: str, name: str) -> None:
     skip_without_sequence(backend.device)
     layer, parameter = name.split(".")
     for wrong, words in ((lambda x: x[..., :-1], "shape.*expected"), (lambda x: x.float(), "float32.*float64")):
-        module = make(engine="sequence", num_layers=2)
+        module = make(engine=engine, controller=controller, num_layers=2)
         owner = getattr(module, layer)
         setattr(owner, parameter, nn.Parameter(wrong(getattr(owner, parameter).detach())))
         for state in (None, module.initial_state(2)):
@@ -148,7 +157,19 @@ def test_an_output_layer_of_another_size(engine: str) -> None:
     torch.testing.assert_close(outputs[-1], module.output(features), **CLOSE)
 
 
-def test_an_initial_state_that_does_not_fit_is_named(backend) -> None:
+@pytest.mark.parametrize("engine", ("sequence", "step", "reference"))
+def test_linear_layers_without_a_bias(backend, engine: str) -> None:
+    skip_without_sequence(backend.device)
+    module, inputs = make(engine=engine), some(3, 2, 3)
+    with torch.no_grad():
+        module.heads.bias.zero_(), module.output.bias.zero_()
+        expected, _ = module(inputs)
+        module.heads.bias = module.output.bias = None
+        torch.testing.assert_close(module(inputs)[0], expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("engine", "controller"), EVERY_ENGINE)
+def test_an_initial_state_that_does_not_fit_is_named(backend, engine: str, controller: str) -> None:
     skip_without_sequence(backend.device)
 
     class Own(FastNTM):
@@ -157,10 +178,10 @@ def test_an_initial_state_that_does_not_fit_is_named(backend) -> None:
             return state._replace(reads=state.reads[:, :1])
 
     with pytest.raises(ValueError, match=r"state.reads.*\(2, 1, 2\).*\(2, 2, 2\)"):
-        make(Own, engine="sequence")(some(3, 2, 3))
-    module = make(engine="sequence")
+        make(Own, engine=engine, controller=controller)(some(3, 2, 3))
+    module = make(engine=engine, controller=controller)
     module.initial_memory = module.initial_memory[:-1]
-    with pytest.raises(ValueError, match=r"state.memory.*\(6, 2\).*\(7, 2\)"):
+    with pytest.raises(ValueError, match=r"state.memory.*6, 2\).*7, 2\)"):
         module(some(3, 2, 3))
 
 
@@ -170,6 +191,23 @@ def test_a_weight_without_storage_is_refused(backend) -> None:
     module.heads.weight.untyped_storage().resize_(0)
     with torch.no_grad(), pytest.raises(RuntimeError, match="storage"):
         module(some(3, 2, 3))
+
+
+def test_settings_are_checked_when_they_are_set_and_sizes_are_read_only() -> None:
+    """Whatever the configuration has: a wrong value is refused at once, and nothing has changed."""
+    ntm = make()
+    for own in dataclasses.fields(NTMConfig):
+        name = "controller_type" if own.name == "controller" else own.name
+        before = ntm.config
+        assert getattr(ntm, name) == getattr(before, own.name)
+        with pytest.raises((AttributeError, TypeError, ValueError), match=f"{own.name}|{name}"):
+            setattr(ntm, name, "no such value")
+        if own.metadata.get("fixed"):
+            with pytest.raises(AttributeError, match="fixed when the module is made"):
+                setattr(ntm, name, getattr(before, own.name))
+        else:
+            setattr(ntm, name, OTHER_OPTIONS.get(name, getattr(before, own.name)))
+            assert getattr(ntm, name) == OTHER_OPTIONS.get(name, getattr(before, own.name))
 
 
 def test_lengths_are_reserved() -> None:

@@ -1,4 +1,4 @@
-"""FastNTM and NTMCell take and return what nn.LSTM does: shapes, states, initial states."""
+"""Shapes, states and initial states of FastNTM and NTMCell, as nn.LSTM has them."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_batch_first_and_unbatched_are_the_same_numbers(controller: str) -> None
     torch.testing.assert_close(turned_outputs.transpose(0, 1), outputs, **CLOSE)
     assert_states_close(turned_state, state, **CLOSE)
     for b in range(3):
-        for module in (ntm, turned):  # batch_first says nothing about unbatched inputs
+        for module in (ntm, turned):  # batch_first does not concern unbatched inputs
             alone, alone_state = module(inputs[:, b])
             torch.testing.assert_close(alone, outputs[:, b], **CLOSE)
             torch.testing.assert_close(
                 flat(alone_state), [*(x[b] for x in state[:4]), *(x[:, b] for x in state.controller)], **CLOSE
             )
-    # A state taken from one and carried into the other.
+    # The state of one can be given to the other.
     again, _ = turned(inputs.transpose(0, 1), state)
     torch.testing.assert_close(again.transpose(0, 1), ntm(inputs, state)[0], **CLOSE)
 
@@ -121,7 +121,7 @@ def test_memory_init(mode: str, learned: bool, constant: bool) -> None:
     ntm(some(4, 2, 3, dtype=torch.float32))[0].square().sum().backward()
     optimiser.step()
     assert torch.equal(before, ntm.initial_memory) != learned
-    # The weightings alone tell the locations of a constant memory apart: heads start out somewhere.
+    # In a constant memory only the weightings tell locations apart, so each head must start at some location.
     for weights in FastNTM(**SIZES, memory_init=mode).initial_state(1)[1:3]:
         assert (weights.max(-1).values > 3 * weights.median(-1).values).all()
 
@@ -133,7 +133,7 @@ def test_truncated_backpropagation() -> None:
     assert all(x.grad_fn is not None for x in flat(state))
     outputs, _ = ntm(inputs[3:], state.detach())
     outputs.square().sum().backward()
-    # What came before the cut, the initial state alone here, gets nothing; all else gets what a fresh start gives.
+    # Only the initial state lies before the cut, so it alone gets no gradient.
     assert all(p.grad is None for n, p in ntm.named_parameters() if "initial" in n)
     assert all(p.grad.any() for n, p in ntm.named_parameters() if "initial" not in n)
     moved = state.to(torch.float32)
@@ -152,7 +152,7 @@ def test_the_smallest_and_the_empty(engine: str) -> None:
 
 
 def test_fresh_machines_have_finite_gradients_over_long_sequences() -> None:
-    """The standard machine at its initial values, memory constant, 100 steps, inputs mostly zero as in a copy."""
+    """The standard machine at its initial values over 100 steps, with inputs that are mostly zero, as in a copy."""
     for controller in CONTROLLERS:
         ntm = FastNTM(9, 8, controller=controller, memory_locations=32)
         inputs = torch.zeros(100, 4, 9)

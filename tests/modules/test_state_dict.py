@@ -1,4 +1,4 @@
-"""Names in the state_dict, and where weights come from and go to."""
+"""Names and shapes in the state_dict, and weights loaded from and into nn.LSTM and nn.GRU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from helpers.machines import CLOSE, CONTROLLERS, SIZES, make, some
 from torch import Tensor, nn
 
-from ntm_fast import FastNTM, NTMCell, ops, reference
+from ntm_fast import FastNTM, NTMCell, ops, reference, spec
 
 pytestmark = pytest.mark.usefixtures("made_on_the_backend")
 
@@ -44,7 +44,7 @@ def test_state_dict_names_and_shapes(layers: int) -> None:
 
 @pytest.mark.parametrize(("name", "layers"), [("lstm", 1), ("lstm", 3), ("gru", 1), ("gru", 3)])
 def test_controller_weights_are_nn_lstms_and_nn_grus(name: str, layers: int) -> None:
-    """Loaded both ways, and the controller computes what nn.LSTM or nn.GRU does over the same inputs."""
+    """Weights can be loaded both ways, and the controller computes what nn.LSTM or nn.GRU computes."""
     ntm = make(controller=name, num_layers=layers)
     rnn = getattr(nn, name.upper())(3 + 2 * 2, 5, layers, dtype=torch.float64)
     for module in (ops, reference):
@@ -52,8 +52,7 @@ def test_controller_weights_are_nn_lstms_and_nn_grus(name: str, layers: int) -> 
         state = tuple(some(layers, 2, 5, seed=9 + i) for i in range(len(ntm.controller.state_names)))
         inputs = some(6, 2, 7)
         expected, expected_state = rnn(inputs, state if name == "lstm" else state[0])
-        kind = reference.CONTROLLERS[name]
-        steps = [kind.layer(module, own) for own in reference.by_layer(ntm.controller.weights(), 4)]
+        steps = [reference.LAYERS[name](module, own) for own in spec.by_layer(ntm.controller.weights(), 4)]
         layer_states = [[x[layer] for x in state] for layer in range(layers)]
         for x, want in zip(inputs, expected):
             for layer, step in enumerate(steps):
@@ -77,7 +76,7 @@ def test_state_dict_round_trip_and_its_errors() -> None:
     other.load_state_dict(torch.load(buffer, weights_only=True))
     inputs = some(4, 2, 3)
     torch.testing.assert_close(other(inputs)[0], ntm(inputs)[0], **CLOSE)
-    # A buffer and a parameter load into each other: the names are the same in every mode.
+    # A buffer can be loaded into a parameter: names are the same in every mode of memory_init.
     make(memory_init="learned").load_state_dict(ntm.state_dict())
     with pytest.raises(RuntimeError, match="heads.weight"):
         make(shift_range=2).load_state_dict(ntm.state_dict())

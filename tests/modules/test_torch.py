@@ -1,4 +1,4 @@
-"""What PyTorch does to modules: no_grad, autocast, torch.compile, copies, casts, meta and fake tensors."""
+"""Modules under PyTorch's own tools: no_grad, autocast, torch.compile, copies, casts, meta and fake tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_no_grad_keeps_no_graph(engine: str) -> None:
 
 
 def test_autocast(backend) -> None:
-    """Products in bfloat16, the memory in float32: close to float32 by bfloat16's 3 digits, and it trains."""
+    """Products are in bfloat16, the memory in float32. Results agree with float32 to bfloat16's 3 digits."""
     ntm = FastNTM(**SIZES, engine="auto")
     inputs = some(5, 2, 3, dtype=torch.float32)
     expected, _ = ntm(inputs)

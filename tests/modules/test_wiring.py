@@ -1,4 +1,4 @@
-"""Which head has which weighting, which state goes where."""
+"""Each head uses its own parameters and weighting, and each part of the state goes to its place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("made_on_the_backend")
 
 
 def test_heads_keep_to_their_own_state() -> None:
-    """Read and write weightings, and the order of heads, are told apart: any swap of the state's parts is seen."""
+    """Any swap of two parts of the state changes the outputs."""
     ntm = make(read_heads=2, write_heads=2)
     inputs = some(1, 1, 3)
     state = ntm.initial_state(1).detach()
@@ -30,7 +30,7 @@ def test_heads_keep_to_their_own_state() -> None:
 
 
 def _check_hand_set_machine(engine: str) -> None:
-    """Heads told by biases alone: the write head moves on by one each step, the read head stays two steps behind it."""
+    """Biases alone steer the heads: each moves on by one location a step, the read head two behind the write head."""
     N, big = 6, 40.0
     ntm = FastNTM(
         1, 1, 2, memory_locations=N, memory_width=1, engine=engine, dtype=torch.float64, add_activation="identity",
@@ -39,10 +39,10 @@ def _check_hand_set_machine(engine: str) -> None:
     with torch.no_grad():
         for p in ntm.parameters():
             p.zero_()
-        ntm.controller.weight_ih_l0[4:6, 0] = 1.0  # h = tanh(tanh(x)): cell input x, i and o open, f shut
+        ntm.controller.weight_ih_l0[4:6, 0] = 1.0  # h = tanh(tanh(x)): i and o are open, f is shut
         ntm.controller.bias_ih_l0.copy_(torch.tensor([big, big, -big, -big, 0, 0, big, big]))
-        head = [0.0, 0.0, -big, -big, -big, big, big]  # k, beta, g: to the previous weighting, s: to +1, gamma
-        ntm.heads.bias.copy_(torch.tensor([*head, *head, big, 0.0]))  # e: all
+        head = [0.0, 0.0, -big, -big, -big, big, big]  # k, beta, g (keep the previous weighting), s (move by +1), gamma
+        ntm.heads.bias.copy_(torch.tensor([*head, *head, big, 0.0]))  # e: erase everything
         ntm.heads.weight[-1, 0] = 1.0  # a = h
         ntm.initial_write_weights[0, 0] = 100 * big  # so the first write is to location 1
         ntm.initial_read_weights[0, N - 2] = 100 * big  # and the first read from location N - 1
@@ -71,7 +71,7 @@ def test_planted_faults_in_the_wiring_are_found(monkeypatch, fault: str) -> None
     def wrong(memory, read_weights, write_weights, params, **options):
         if fault == "weights in":
             read_weights, write_weights = write_weights, read_weights
-        if fault == "parameters":  # of the two heads, exchanged and with the shift turned round
+        if fault == "parameters":  # the read head's shift, turned round
             params = torch.cat([params[:, :3], params[:, 3:6].flip(1), params[:, 6:]], 1)
         reads, new_memory, new_reads, new_writes = right(memory, read_weights, write_weights, params, **options)
         if fault == "weights out":
@@ -103,7 +103,7 @@ def test_trace_is_what_forward_did() -> None:
         assert trace.read_weights.sum(-1).allclose(torch.ones(1).double()) and trace.shift.sum(-1).allclose(
             torch.ones(1).double()
         )
-        # The heads as recorded, applied one step from the weightings recorded before it, give those recorded after.
+        # The recorded heads, applied to the weightings recorded at one step, give the weightings recorded at the next.
         if batched:
             t, memory = 1, ntm(inputs[:1])[1].memory
             heads = [x[t][:, 2:] for x in (trace.key, trace.beta, trace.gate, trace.shift, trace.gamma)]

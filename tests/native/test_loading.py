@@ -1,4 +1,7 @@
-"""What was built, which part is loaded, and what is said where one is missing."""
+"""What was built, which part is loaded, and the message where a part is missing.
+
+Most tests run in a fresh process, because native parts are loaded once in each process.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ import torch
 from helpers.processes import BUILD, WORK, count_warnings, native_cpu, python, source_tree
 
 import ntm_fast
-from ntm_fast import _native
+from ntm_fast import native
+from ntm_fast.native import build, parts
 
 LIBRARIES = sorted(Path(BUILD["folder"]).glob("ntm_*.so")) if BUILD["folder"] else []
 VARIANTS = ("baseline", "x86-64-v3", "x86-64-v4")
@@ -31,10 +35,10 @@ def test_capabilities_tell_what_was_built():
     if told["build"]:
         assert told["build"]["version"] == ntm_fast.__version__
         assert told["cuda"] == told["build"]["cuda"]
-        for part in ("cpu", "cuda"):  # a reason exactly where something was not built
+        for part in ("cpu", "cuda"):  # there is a reason exactly where something was not built
             assert bool(told["build"][part]) == (told["build"][f"{part}_reason"] is None)
         built = {path.name for path in LIBRARIES}
-        files = {name: file for name, file, _ in _native._VARIANTS}
+        files = {name: file for name, file, _ in parts.VARIANTS}
         assert built == {files[name] for name in told["build"]["cpu"]} | ({"ntm_cuda.so"} if told["cuda"] else set())
 
 
@@ -47,13 +51,13 @@ def test_cuda_says_why_it_does_not_serve():
     elif not torch.cuda.is_available():
         assert told["cuda_reason"]
     assert not ntm_fast.available("mps")
-    assert "not for mps" in _native.why_not("mps", False, "read")
+    assert "not for mps" in native.why_not("mps", False, "read")
 
 
 @pytest.mark.skipif(not BUILD["cuda"], reason="no CUDA part was built")
 def test_cuda_part_loads_without_a_driver():
-    assert _native._cuda().id is not None
-    problem = _native._extension().problem(_native._cuda().id)
+    assert parts.cuda().id is not None
+    problem = build.extension().problem(parts.cuda().id)
     assert problem is None or "driver" in problem
 
 
@@ -67,13 +71,16 @@ def test_cuda_part_loads_without_a_driver():
         ("86", (8, 0), False),
         ("90a;90a-virtual", (9, 0), True),
         ("90a;90a-virtual", (10, 0), False),
+        ("75-virtual", (7, 5), True),
+        ("75-virtual", (12, 0), True),
+        ("75-virtual", (7, 0), False),
     ],
 )
 def test_which_devices_the_architectures_serve(monkeypatch, architectures, device, served):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: device)
-    reason = _native._no_device(architectures)
+    reason = parts.no_device(architectures)
     assert reason is None if served else f"{device[0]}.{device[1]}" in reason
 
 
@@ -105,8 +112,8 @@ seen.append(denormals())
 @native_cpu
 @pytest.mark.parametrize("name", BUILD["cpu"])
 def test_forced_variant_serves_and_leaves_denormals_alone(name, tmp_path):
-    needed = {name: needed for name, _, needed in _native._VARIANTS}[name]
-    supported = needed <= _native._extension().cpu_level()
+    needed = {name: needed for name, _, needed in parts.VARIANTS}[name]
+    supported = needed <= build.extension().cpu_level()
     code = DENORMALS + (WORK + "seen.append(denormals())\n" if supported else "")
     told = python(code + "result = {'denormals': seen, **ntm_fast.capabilities()}", tmp_path, NTM_CPU=name)
     assert all(all(seen) for seen in told["denormals"])
@@ -119,8 +126,8 @@ def test_forced_variant_serves_and_leaves_denormals_alone(name, tmp_path):
 def test_best_variant_that_the_processor_supports_is_chosen(tmp_path):
     if not BUILD["cpu"]:
         pytest.skip(BUILD["cpu_reason"])
-    level = _native._extension().cpu_level()
-    best = next(name for name, _, needed in _native._VARIANTS if needed <= level and name in BUILD["cpu"])
+    level = build.extension().cpu_level()
+    best = next(name for name, _, needed in parts.VARIANTS if needed <= level and name in BUILD["cpu"])
     assert python("import ntm_fast; result = ntm_fast.capabilities()", tmp_path)["cpu"] == best
 
 
@@ -149,15 +156,15 @@ def test_no_warning_where_the_native_part_serves(tmp_path):
 
 @native_cpu
 def test_errors_of_the_binding():
-    extension, backend = _native._extension(), _native._cpu().id
+    extension, backend = build.extension(), parts.cpu().id
     with pytest.raises(RuntimeError, match="no/such/library"):
         extension.load("/no/such/library.so")
     with pytest.raises(IndexError, match="1000"):
         extension.interpolate(1000, False)
-    with pytest.raises(TypeError, match="takes 11 values"):
+    with pytest.raises(TypeError, match="takes"):
         extension.interpolate(backend, False, 1, 1, 8)
     with pytest.raises(TypeError):
-        extension.interpolate(backend, False, "1", 1, 8, 0, 0, 0, 0, 1, 0)
+        extension.interpolate(backend, False, "1", 1, 8, 0, 0, 0, 0, 1, 0, 0)
     with pytest.raises(ValueError, match="reed"):
         extension.serves(backend, False, "reed")
 
@@ -187,7 +194,7 @@ def test_source_tree_borrows_the_build_of_the_same_sources_only(tmp_path):
 
 
 def test_source_tree_with_no_build_anywhere_says_so(tmp_path):
-    # Parts are looked for at first use: by then nothing is left on the path that could hold an installed copy.
+    # Native parts are looked for at first use. Before that, the path is emptied, so that no installed copy is found.
     code = "import sys, ntm_fast; sys.path[:] = ['']; result = {'file': ntm_fast.__file__, **ntm_fast.capabilities()}"
     told = python(code, source_tree(tmp_path / "tree"))
     assert told["file"].startswith(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Main memory that is kept from one training step to the next."""
+"""The pool keeps main memory from one training step to the next."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ntm_fast
-from ntm_fast import _native
+from ntm_fast import native
 
 pytestmark = pytest.mark.skipif(not ntm_fast.available("cpu"), reason=str(ntm_fast.capabilities()["cpu_reason"]))
 
@@ -25,7 +25,7 @@ def empty_pool():
 
 def test_an_ordinary_tensor() -> None:
     for dtype, like in LIKE.items():
-        x = _native.empty(like, (3, 5, 20_000))
+        x = native.empty(like, (3, 5, 20_000))
         assert x.shape == (3, 5, 20_000) and x.dtype is dtype and x.is_contiguous() and x.data_ptr() % 64 == 0
         assert not x.requires_grad and not x._is_view() and x.device.type == "cpu"
         x.fill_(2)
@@ -37,50 +37,50 @@ def test_an_ordinary_tensor() -> None:
 
 def test_small_ones_and_empty_ones_are_torch_s() -> None:
     for sizes in ((0,), (4, 0, 1 << 20), (100, 100)):
-        assert _native.empty(LIKE[torch.float32], sizes).shape == sizes
+        assert native.empty(LIKE[torch.float32], sizes).shape == sizes
     assert ntm_fast.empty_cache() == 0
 
 
 def test_what_is_given_back_is_taken_again_and_not_before() -> None:
-    x = _native.empty(LIKE[torch.float32], (1000, 1000))
+    x = native.empty(LIKE[torch.float32], (1000, 1000))
     place = x.data_ptr()
     row = x[7]
     del x
-    other = _native.empty(LIKE[torch.float32], (1000, 1000))
-    assert other.data_ptr() != place  # a view still holds it
+    other = native.empty(LIKE[torch.float32], (1000, 1000))
+    assert other.data_ptr() != place  # a view still holds the block
     del row
-    again = _native.empty(LIKE[torch.float64], (499, 1000))  # as large, to a few percent
+    again = native.empty(LIKE[torch.float64], (499, 1000))  # a block that is a few percent smaller fits
     assert again.data_ptr() == place
-    much_smaller = _native.empty(LIKE[torch.float32], (300, 1000))
+    much_smaller = native.empty(LIKE[torch.float32], (300, 1000))
     assert ntm_fast.empty_cache() == 0
     del other, much_smaller
 
 
 def test_it_is_bounded_and_the_oldest_go_first() -> None:
     places = []
-    blocks = [_native.empty(LIKE[torch.float32], (count * MB // 4,)) for count in (60, 70, 80, 90)]
+    blocks = [native.empty(LIKE[torch.float32], (count * MB // 4,)) for count in (60, 70, 80, 90)]
     for block in blocks:
         places.append(block.data_ptr())
     del block
     while blocks:
         del blocks[0]
-    assert _native.empty(LIKE[torch.float32], (80 * MB // 4,)).data_ptr() == places[2]
-    assert ntm_fast.empty_cache() == 240 * MB  # of 300: the first went
+    assert native.empty(LIKE[torch.float32], (80 * MB // 4,)).data_ptr() == places[2]
+    assert ntm_fast.empty_cache() == 240 * MB  # of 300 MB the oldest 60 went back to the system
     del blocks
-    huge = _native.empty(LIKE[torch.float32], (300 * MB // 4,))
+    huge = native.empty(LIKE[torch.float32], (300 * MB // 4,))
     del huge
     assert ntm_fast.empty_cache() == 0
 
 
 def test_many_threads() -> None:
-    """Each fills what it takes and finds it unchanged: nobody else was given the same."""
+    """Each thread fills its blocks and later finds them unchanged: no block is given out twice."""
     failures = []
 
     def work(number: int) -> None:
         generator = torch.Generator().manual_seed(number)
         held = []
         for turn in range(200):
-            x = _native.empty(LIKE[torch.float32], (int(torch.randint(40_000, 60_000, (), generator=generator)),))
+            x = native.empty(LIKE[torch.float32], (int(torch.randint(40_000, 60_000, (), generator=generator)),))
             value = number * 1000 + turn
             held.append((value, x.fill_(value)))
             if len(held) > 3:

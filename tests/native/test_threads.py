@@ -1,4 +1,4 @@
-"""One pool of threads, shared with torch."""
+"""Native code and torch share one pool of threads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ result = {"torch": threads(), "before": runtimes()}
 @native_cpu
 @needs_proc
 def test_kernels_use_as_many_threads_as_torch(tmp_path):
-    # Nothing but the native call goes parallel here: random numbers are drawn by one thread.
+    # Only the native call runs in parallel here, because one thread draws random numbers.
     code = WORK.replace("torch.testing", "threads = len(os.listdir('/proc/self/task'))\nwork() #")
     code = f"import os, torch\ntorch.set_num_threads(4)\n{code}"
     code += "result = {'started': len(os.listdir('/proc/self/task')) - threads}"

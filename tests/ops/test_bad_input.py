@@ -1,4 +1,4 @@
-"""Bad arguments are named; explain names every operator."""
+"""Errors name the bad argument, and ``explain`` names every operator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _bad(op: str, name: str, change) -> tuple[list, dict]:
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_bad_tensors_are_named(op: str) -> None:
-    """Each argument in turn, of each operator: the message names it and what it was; nothing is computed."""
+    """Each argument is wrong in turn. The message names it and says what it was; nothing is computed."""
     first = next(iter(SHAPES[op][0]))
     letters_of_all = "".join(SHAPES[op][0].values())
     longer = lambda x: torch.cat([x, x[..., :1]], -1)  # noqa: E731
@@ -35,11 +35,11 @@ def test_bad_tensors_are_named(op: str) -> None:
             (ValueError, lambda x: x.to("meta"), "meta"),
         ):
             if change is longer and letters[-1] not in "KPG" and letters_of_all.count(letters[-1]) == 1:
-                continue  # nothing says how long it must be
+                continue  # no other argument has this dimension, so any length is right
             tensors, options = _bad(op, name, change)
             with Backend("none", "cpu").serves(), pytest.raises(error) as caught:
                 getattr(ops, op)(*tensors, **options)
-            # A size or dtype is what two arguments disagree about; the message names one of them, and the operator.
+            # Two arguments disagree about a size or dtype. The message names one of them, and the operator.
             text = str(caught.value)
             assert op in text and any(n in text for n in SHAPES[op][0]), text
             assert expected is None or expected in text, text

@@ -1,4 +1,4 @@
-"""Neither threads nor the rest of the batch change a bit."""
+"""Neither the number of threads nor the rest of the batch changes a bit."""
 
 from __future__ import annotations
 

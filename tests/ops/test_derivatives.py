@@ -1,4 +1,4 @@
-"""Derivatives against differences, derivatives of derivatives, and gradients of some inputs alone."""
+"""Gradients compared with finite differences, second derivatives, and gradients of some inputs alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_gradgradcheck(backend: Backend, op: str) -> None:
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_gradient_penalty(backend: Backend, op: str) -> None:
-    """Through a graph around the operator, as in training: a loss that contains the norm of a gradient."""
+    """A loss that contains the norm of a gradient, with more of a graph around the operator, as in training."""
 
     def penalty(function, inputs: list[Tensor]) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in inputs]
@@ -57,7 +57,7 @@ def test_gradient_penalty(backend: Backend, op: str) -> None:
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_each_input_and_each_output_alone(backend: Backend, op: str) -> None:
-    """A gradient for some inputs only, from some outputs only, is that part of all of them."""
+    """The gradient of one input from one output is the same as when all are computed."""
     case = Case(op, B=2, N=9, M=3, H=2, R=2, W=2, dtype=torch.float64)
     inputs, grads = case.tensors()
     inputs, grads = cast(inputs, case.dtype, backend.device), cast(grads, case.dtype, backend.device)

@@ -1,4 +1,4 @@
-"""NaN in, NaN out; infinities do not become plausible numbers."""
+"""NaN in gives NaN out, and infinities do not become plausible numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ntm_fast import ops, reference
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_nan_in_nan_out(kernels: Backend, op: str) -> None:
-    """Where the reference gives NaN, so does the native operator; the other elements of the batch notice nothing."""
+    """Where the reference gives NaN, so does the native operator. The rest of the batch stays as it was, to the bit."""
     case = Case(op, B=3, N=17, M=5, H=2, R=2, W=2)
     clean_inputs, clean_grads = case.tensors()
     clean = evaluate(getattr(ops, op), *on(kernels.device, clean_inputs, case, clean_grads))

@@ -1,4 +1,4 @@
-"""Faults planted in native results: the comparison finds each."""
+"""Faults are planted in native results, and the comparison finds each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from helpers.comparison import check
 from helpers.native_calls import intercept
 from torch import Tensor
 
-from ntm_fast import _native, ops
+from ntm_fast import native
+from ntm_fast.ops import serving
 
 
 def _one_element(x: Tensor) -> None:
@@ -35,7 +36,7 @@ FAULTS = {
 
 
 def _expect_found(case: Case, backend: Backend, monkeypatch, fault) -> None:
-    """``fault(native function, like)`` runs after each native call; the comparison must say that something is wrong."""
+    """Run ``fault(name, like)`` after each native call. The comparison must then fail."""
 
     def wrong(call: Callable, name: str, like: Tensor, *values: Any) -> None:
         call(name, like, *values)
@@ -50,7 +51,7 @@ def _expect_found(case: Case, backend: Backend, monkeypatch, fault) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_planted_faults_are_found(backend: Backend, monkeypatch, op: str, fault: str) -> None:
-    """Each output and each gradient of each operator is made a little wrong in turn."""
+    """Each output and each gradient is made a little wrong in turn."""
     case = Case(op, B=3, N=17, M=5, H=2, R=2, W=2)
     check(case, backend)
     for name, results in ((op, SHAPES[op][1]), (f"{op}_backward", SHAPES[op][0])):
@@ -71,7 +72,7 @@ def test_a_modified_input_is_found(backend: Backend, monkeypatch, op: str) -> No
 
 
 def test_a_silent_fallback_is_found(backend: Backend, monkeypatch) -> None:
-    monkeypatch.setattr(ops, "why_not_native", lambda *_: "planted")
-    monkeypatch.setattr(_native, "warn_once", lambda *_: None)
+    monkeypatch.setattr(serving, "why_not_native", lambda *_: "planted")
+    monkeypatch.setattr(native, "warn_once", lambda *_: None)
     with pytest.raises(AssertionError, match="were"):
         check(Case("read"), backend)

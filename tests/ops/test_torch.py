@@ -1,4 +1,4 @@
-"""What PyTorch does with operators: opcheck, torch.compile, functorch, autocast, saved tensors, threads."""
+"""Operators under PyTorch's own tools: opcheck, torch.compile, functorch, autocast, saved tensors, threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ntm_fast import ops, reference
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_opcheck(backend: Backend, op: str) -> None:
-    """Schema, fake and functionalisation, of the operator and of its backward."""
+    """torch.library.opcheck on the operator and on its backward: schema, fake and functionalisation."""
     case = Case(op, B=2, N=5, M=3, layouts=("contiguous", "reversed"))
     inputs, grads = case.tensors()
     keywords = case.keywords()
@@ -32,7 +32,7 @@ def test_opcheck(backend: Backend, op: str) -> None:
 
 
 def _all_options(op: str, given: dict) -> list:
-    """Options in the schema's order, where they are positional; those not given at the reference's defaults."""
+    """All options in the order of the schema. What is not given has the reference's default."""
     keywords = getattr(reference, op).__kwdefaults__ or {}
     schema = getattr(torch.ops.ntm_fast, op).default._schema.arguments[len(SHAPES[op][0]) :]
     return [given.get(argument.name, keywords.get(argument.name)) for argument in schema]
@@ -62,7 +62,7 @@ def _compiled_agrees(backend: Backend, compiler: str) -> None:
         with backend.serves(*calls):
             loss = function(*leaves)
             results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
-    # The same kernels; what is between them may be fused and reordered.
+    # The same kernels run; what lies between them may be fused and reordered.
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
     torch._dynamo.reset()
 
@@ -112,7 +112,7 @@ def test_forward_mode(backend: Backend) -> None:
 
 @pytest.mark.parametrize("low", (torch.bfloat16, torch.float16), ids=str)
 def test_autocast_takes_inputs_to_float32(backend: Backend, low: torch.dtype) -> None:
-    """Not the operators' precision but their inputs' is reduced: params come from a product in ``low``."""
+    """Operators compute in float32. Only their inputs have lost precision: params come from a product in ``low``."""
     inputs, _ = Case("memory_step", B=2, N=9, M=4).tensors()
     inputs = cast(inputs, torch.float32, backend.device)
     mixed = {**inputs, "params": inputs["params"].to(low).requires_grad_()}
@@ -156,7 +156,7 @@ def test_without_gradients_nothing_is_kept(backend: Backend) -> None:
 
 
 def test_backward_keeps_what_the_design_says_and_no_more(backend: Backend) -> None:
-    """Raw parameters, weights and memories, before and after: everything else is computed again."""
+    """Raw parameters, and weights and memories before and after the step. Everything else is computed again."""
     inputs, _ = Case("memory_step", B=2, N=9, M=4, R=2).tensors()
     leaves = [x.to(backend.device).requires_grad_() for x in inputs.values()]
     packed: list[Tensor] = []
@@ -182,7 +182,7 @@ def test_changing_an_input_in_place_before_backward_is_noticed(backend: Backend)
 
 
 def test_several_python_threads(backend: Backend) -> None:
-    """The interpreter's lock is released meanwhile: everybody gets the same answer."""
+    """A native call releases the interpreter's lock, so threads run at once. All get the same answer."""
     case = Case("memory_step", B=4, N=100, M=20)
     inputs, grads = case.tensors()
     run = lambda _: evaluate(ops.memory_step, *on(backend.device, inputs, case, grads))  # noqa: E731

@@ -1,4 +1,4 @@
-"""Every operator against the float64 reference: sizes, layouts, extremes, options, random cases."""
+"""Every operator compared with the float64 reference: sizes, layouts, extremes, options, random cases."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import random
 import pytest
 import torch
 from helpers.backends import Backend
-from helpers.cases import EXTREMES, LAYOUTS, OPERATORS, SHAPES, Case, cast, evaluate
+from helpers.cases import EXTREMES, LAYOUTS, OPERATORS, OTHER_OPTIONS, SHAPES, Case, cast, evaluate
 from helpers.comparison import check, sweep
 
 from ntm_fast import ops
 
 DTYPES = (torch.float32, torch.float64)
 
-# B, N, M, H, S: from the smallest there is, N = 2S+1, to several tiles of locations and a remainder
+# B, N, M, H, S: from the smallest N, 2S+1, to several tiles of locations and a remainder
 STAGE_SIZES = [
     (1, 1, 1, 1, 0),
     (2, 3, 1, 1, 1),
@@ -64,7 +64,7 @@ def test_sizes(kernels: Backend, op: str, dtype: torch.dtype) -> None:
 
 
 LARGEST = (
-    Case("interpolate", B=70_000, N=2, H=1),  # more than the 65,535 blocks of a CUDA grid in any direction but x
+    Case("interpolate", B=70_000, N=2, H=1),  # a CUDA grid has at most 65,535 blocks along y and z
     Case("read", B=1, N=16_384, M=512, H=1),
     Case("content_addressing", B=1, N=16_384, M=33, H=16),
     Case("address", B=1, N=1024, M=512, H=2, S=8),
@@ -109,7 +109,7 @@ STEP_OPTIONS = [
         ("tanh", "identity", 1.5, 1e-3),
         ("identity", "identity", 0.5, 1e-8),
     )
-]
+] + [(option,) for option in OTHER_OPTIONS.items()]
 
 
 @pytest.mark.parametrize("options", STEP_OPTIONS, ids=lambda options: "-".join(str(value) for _, value in options))
@@ -173,5 +173,5 @@ def random_case(op: str, seed: int) -> Case:
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_sweep(request, kernels: Backend, op: str) -> None:
-    """Random cases: see comparison.sweep."""
+    """Random cases: see helpers.comparison.sweep."""
     sweep(request.node.nodeid, lambda seed: check(random_case(op, seed), kernels))

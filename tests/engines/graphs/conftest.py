@@ -7,12 +7,12 @@ import pytest
 import torch
 from helpers.graphs_on_host import HostRecorder
 
-from ntm_fast import graphs, recurrence
+from ntm_fast.engines import graphs, step
 
 
 @pytest.fixture(autouse=True)
 def _where_the_backend_computes(request, monkeypatch):
-    """On the CPU the emulation serves; what is made is made on the backend's device."""
+    """Modules and tensors are made on the backend's device. On the CPU an emulation of graphs serves."""
     names = {"backend", "kernels"} & set(request.fixturenames)
     device = request.getfixturevalue(*names).device if names else "cpu"
     if device == "cpu":
@@ -26,13 +26,13 @@ def _where_the_backend_computes(request, monkeypatch):
 
 @pytest.fixture
 def tapes(monkeypatch) -> list:
-    """Of every StepTape that is made, and captured or run kernel by kernel, whether it keeps what backward needs."""
+    """One entry for each StepTape that is made: whether it keeps what backward needs."""
     made: list = []
 
-    class Counted(recurrence.StepTape):
-        def __init__(self, controller, options, keep, tensors):
+    class Counted(step.StepTape):
+        def __init__(self, options, keep, row):
             made.append(keep)
-            super().__init__(controller, options, keep, tensors)
+            super().__init__(options, keep, row)
 
-    monkeypatch.setattr(recurrence, "StepTape", Counted)
+    monkeypatch.setattr(step, "StepTape", Counted)
     return made

@@ -1,4 +1,4 @@
-"""The calls of torch.cuda, each a stand-in."""
+"""The order in which CUDARecorder calls torch.cuda, tested with a stand-in for each call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from ntm_fast import graphs
+from ntm_fast.engines import graphs
 
 
 @pytest.mark.parametrize("invalid", (False, True))
@@ -59,7 +59,7 @@ def test_calls_of_cuda(monkeypatch, invalid: bool) -> None:
     assert log == [*before, "off current"] and results == 5 and recorder.bytes == 60
     replay()
     assert log[-1] == "replay" and recorder.stream(device) == 41
-    # A stream for each, until it is no longer used.
+    # Each recorder has a stream of its own; when the recorder goes, the stream is used again.
     other = graphs.CUDARecorder(device)
     assert other.capture_stream == "side 1"
     del other

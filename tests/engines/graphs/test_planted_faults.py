@@ -1,4 +1,4 @@
-"""Faults planted in the replay, and what the emulation of graphs refuses."""
+"""Faults planted in captured calls are found, and the emulation refuses what a capture on a GPU refuses."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from helpers.captured_calls import check, expected, forward, gradient, warm
 from helpers.graphs_on_host import HostRecorder
 from helpers.machines import CLOSE, make
 
-from ntm_fast import graphs
+from ntm_fast.engines import graphs
 
 
 def _skip(count: int, index: int):
-    """Leave one of so many tensors as it was."""
+    """A fault: where ``count`` tensors are copied, the one at ``index`` is left out."""
     right = graphs._copy_in
 
     def wrong(targets, sources):
@@ -43,7 +43,7 @@ def test_planted_faults_are_found(monkeypatch, fault: str | None) -> None:
 
 
 def test_a_tape_that_is_not_kept_is_found(monkeypatch) -> None:
-    """Its memory would be a pool's, to give away."""
+    """Without the tape, the memory that the graphs use may be given to others."""
     right = graphs._Captured.__init__
 
     def wrong(self, *args):
@@ -65,7 +65,7 @@ def test_a_turn_that_is_not_taken_is_found(monkeypatch, tapes: list) -> None:
 
 
 def test_the_emulation_refuses_what_a_capture_refuses() -> None:
-    """Numbers read on the host, and one capture within another."""
+    """It refuses to read numbers on the host, and to capture within a capture."""
     recorder = HostRecorder(torch.device("cpu"))
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         recorder.capture(lambda: torch.ones(1).item())

@@ -1,4 +1,4 @@
-"""Captured calls give what calls without graphs give."""
+"""Captured calls give the results of calls without graphs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.captured_calls import CALLS, FIRST, captured, check, without_graphs
-from helpers.machines import CLOSE, CONTROLLERS, flat, make, some
+from helpers.machines import CLOSE, CONTROLLERS, NATIVE, flat, make, some
 
 import ntm_fast
 from ntm_fast import FastNTM, NTMCell
-from ntm_fast.modules import MEMORY_INITS
+from ntm_fast.spec import MEMORY_INITS
 
 TABLE: list[dict[str, Any]] = [
     *({"controller": c, "num_layers": n} for c in CONTROLLERS for n in (1, 2)),
@@ -27,13 +27,13 @@ TABLE: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", TABLE, ids=str)
 def test_captured_calls_give_the_same(backend, tapes: list, options: dict) -> None:
     check(**options)
-    # The twin made one for each call, and ours one for each call until, and with, the one that was captured.
+    # The twin made a tape for each call. Ours made one for each call up to the captured one, and none after it.
     assert len(tapes) == CALLS + FIRST and len(captured()) == 1
 
 
-@pytest.mark.parametrize("controller", ("lstm", "gru"))
+@pytest.mark.parametrize("controller", NATIVE)
 def test_every_build_of_the_kernels(kernels, controller: str) -> None:
-    """CUDA's, compiled for the host, with the room that they ask for."""
+    """Also the CUDA kernels, compiled for the host, which ask for a workspace."""
     check(controller=controller)
 
 
@@ -44,7 +44,7 @@ def test_float32_too(backend) -> None:
 @pytest.mark.parametrize("controller", CONTROLLERS)
 @pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
 def test_streaming(backend, tapes: list, controller: str, mode: Any) -> None:
-    """A step a call, the state carried; every output and state is still there at the end."""
+    """One step in each call, with the state carried on. Every output and state is still intact at the end."""
     for cls in (FastNTM, NTMCell):
         ntm, held, states = make(cls, engine="step", controller=controller), [], [None, None]
         ntm_fast.empty_cache()
@@ -62,7 +62,7 @@ def test_streaming(backend, tapes: list, controller: str, mode: Any) -> None:
 
 
 def test_first_in_one_mode_then_in_another(backend) -> None:
-    """Captured under inference_mode, where every new tensor is one that autograd refuses."""
+    """Captured under inference_mode, where every new tensor is one that autograd refuses; then used under no_grad."""
     ntm, inputs = make(engine="step"), some(5, 2, 3)
     with without_graphs(), torch.no_grad():
         wanted, _ = ntm(inputs)

@@ -1,4 +1,7 @@
-"""One forward after another on the same graphs, and backwards in any order."""
+"""Several forwards share one pair of graphs, and their backwards come in any order.
+
+A forward has its turn on the graphs until its backward has run or its outputs are gone. Meanwhile others run without.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,11 @@ def test_a_second_forward_before_the_firsts_backward(backend, tapes: list) -> No
     for seed in (1, 0, 2):
         torch.testing.assert_close(gradient(*calls[seed]), expected(ntm, seed), **CLOSE)
     tapes.clear()
-    assert gradient(*forward(ntm, 3)) is not None and not tapes  # whose turn is over, though their outputs are there
+    assert gradient(*forward(ntm, 3)) is not None and not tapes  # their turn is over, though their outputs still exist
 
 
 def test_a_forward_that_is_never_gone_back_over(backend, tapes: list) -> None:
-    """As a validation that forgets no_grad does: the turn ends with the outputs."""
+    """A validation that forgets no_grad does this: the turn ends when the outputs go."""
     ntm = make(engine="step")
     warm(ntm)
     tapes.clear()
@@ -57,7 +60,7 @@ def test_retained_graphs_keep_their_turn(backend, tapes: list) -> None:
 
 
 def test_gradients_through_a_state_carried_on(backend) -> None:
-    """Two calls of one kind, both on the way back: the second waits for nobody's turn."""
+    """Two calls of one kind before one backward: the second runs without graphs."""
     ntm = make(engine="step", memory_init="learned")
     warm(ntm)
     found = []
@@ -71,7 +74,7 @@ def test_gradients_through_a_state_carried_on(backend) -> None:
 
 
 def test_gradient_penalty(backend) -> None:
-    """Second derivatives: the reference's, as without graphs."""
+    """Second derivatives come from the reference, as without graphs."""
     ntm = make(engine="step")
     warm(ntm)
     found = []

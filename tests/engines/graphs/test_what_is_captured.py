@@ -1,4 +1,4 @@
-"""Which calls are captured, which are one kind, how many are kept."""
+"""Which calls are captured, what makes a call another kind of call, and how many captured kinds are kept."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from helpers.graphs_on_host import HostRecorder
 from helpers.machines import CLOSE, make, some
 
 import ntm_fast
-from ntm_fast import FastNTM, graphs
+from ntm_fast import FastNTM
+from ntm_fast.engines import graphs
 
 
 def test_each_kind_of_call_by_itself(backend, tapes: list, monkeypatch) -> None:
-    """Whatever a captured call depends on makes another kind of call: none is served by another's graphs."""
+    """A call that differs in anything that graphs depend on is another kind, and gets graphs of its own."""
     ntm, kinds = make(engine="step"), 0
 
     def call(module: FastNTM, *shape: int, grad: bool = True, needs_inputs: bool = False) -> None:
@@ -58,14 +59,14 @@ def test_each_stream_by_itself(monkeypatch) -> None:
     for stream in (1, 2, 1, 2):
         warm(ntm)
     assert len(captured()) == 2
-    stream = None  # somebody captures it
+    stream = None  # somebody else captures this stream
     before = HostRecorder.replays
     warm(ntm)
     assert HostRecorder.replays == before
 
 
 def test_what_is_not_captured(backend, tapes: list) -> None:
-    """Nothing under a mode, autocast or a transform, whoever captures already, and no empty batch."""
+    """Calls under a mode, autocast or a transform, and calls with an empty batch, are not captured."""
     ntm = make(engine="step", dtype=torch.float32)
     inputs = some(5, 2, 3, dtype=torch.float32)
     for _ in range(FIRST + 1):
@@ -79,7 +80,7 @@ def test_what_is_not_captured(backend, tapes: list) -> None:
 
 
 class Failing(HostRecorder):
-    """Fails in the capture of that number."""
+    """Fails in its capture number ``at``."""
 
     at = 1
 
@@ -129,7 +130,7 @@ def test_the_longest_unused_goes_first(monkeypatch) -> None:
         for _ in range(FIRST):
             call(steps)
     assert kept() == [1, 2]
-    for _ in range(5):  # all in use: no one drives out another
+    for _ in range(5):  # all are in use: none drives out another
         for steps in (1, 2, 3):
             call(steps)
     assert kept() == [1, 2]
@@ -149,10 +150,10 @@ def test_memory_is_bounded(monkeypatch) -> None:
     ntm = make(engine="step")
     warm(ntm)
     (one,) = captured()
-    # The tape: memories, weightings, gates and head parameters of five steps, of two sequences.
+    # At least the tape: memories, weightings, gates and head parameters, for five steps and two sequences.
     assert 8 * 5 * 2 * (7 * 2 + 4 * 7 + 4 * 5 + ntm.heads.out_features) < one.bytes < 1 << 20
     monkeypatch.setattr(HostRecorder, "room", int(1.5 * one.bytes / graphs.SHARE))
-    warm(make(engine="step", memory_locations=9))  # which drives the other out, as nobody has used it meanwhile
+    warm(make(engine="step", memory_locations=9))  # drives out the other, which nobody has used since
     assert [tape.given[1].shape[1] for tape in captured()] == [9]
     monkeypatch.setattr(HostRecorder, "room", int(0.9 * one.bytes / graphs.SHARE))
     ntm_fast.empty_cache()

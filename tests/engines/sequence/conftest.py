@@ -10,7 +10,7 @@ from helpers.poison import poison_sequences
 
 @pytest.fixture(params=[*BACKENDS, CUDA_ON_HOST], ids=lambda backend: backend.name)
 def backend(request, monkeypatch) -> Backend:
-    """The torch side too, for it tells kernels of both kinds apart: those of CUDA may ask for a workspace."""
+    """Every native backend, and the CUDA kernels on the host: unlike the CPU's, they may ask for a workspace."""
     return usable(request.param, monkeypatch)
 
 
@@ -22,7 +22,7 @@ def _on_its_device(request, monkeypatch) -> None:
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fresh memory is full of NaN, of the sequence's kernels between guards besides."""
+    """Fresh memory is full of NaN. What the kernels of sequences get lies between guards, too."""
     poison = poison_sequences(monkeypatch)
     torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would refuse
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()

@@ -1,4 +1,4 @@
-"""Main memory that a training step takes, against the documented formula."""
+"""The main memory that a training step takes, compared with the formula of docs/memory.md."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 from helpers.backends import Backend
+from helpers.machines import NATIVE
 from helpers.sequences import about_main_memory
 
-from ntm_fast import FastNTM, sequence
+from ntm_fast import FastNTM
+from ntm_fast.ops.sequence_plan import kept_every
 
 MEASURE = """
 import re, sys, torch
@@ -39,7 +41,7 @@ print(before - imports, kib("VmHWM") - before)
 
 
 def measured(T: int, B: int, controller: str = "lstm", checkpoint: str | int = "auto") -> tuple[int, int]:
-    """Bytes of resident memory of the standard machine: what a first small step adds, and the peak above it after."""
+    """Bytes of resident memory of the standard machine: what a first small step adds, and the later peak above that."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
@@ -53,26 +55,26 @@ def measured(T: int, B: int, controller: str = "lstm", checkpoint: str | int = "
 
 
 def predicted(T: int, B: int, controller: str = "lstm", checkpoint: str | int = "auto") -> int:
-    """The documented formula, of the standard machine in float32 on one thread: bytes at a training step's peak."""
+    """Bytes at the peak of a training step by the formula, for the standard machine in float32 on one thread."""
     L, H, N, M, R, W, S, I, O = 1, 100, 128, 20, 1, 1, 1, 9, 8
     gru = controller == "gru"
     gates, params = (3 if gru else 4) * H, (R + W) * (M + 2 * S + 4) + 2 * W * M
-    every = sequence.kept_every(checkpoint, T, 4 * B * N * M)
+    every = kept_every(checkpoint, T, 4 * B * N * M)
     # What forward keeps for each step and sequence: the gates' products, hidden states of the lower layers, cells, the
     # heads' parameters, weightings; a memory at every K-th. A GRU has two products and no cell.
     kept = L * gates * (2 if gru else 1) + (L - 1) * H + (0 if gru else L * H) + params + (R + W) * N
-    # The heads' parameters once more, activated, of which a number may become two, and what outputs are made of.
+    # The heads' parameters after activation, where one number may become two; and the inputs of the output layer.
     kept += (R + W) * (M + 6 * S + 9) + 2 * W * M + H + R * M
-    # What backward makes beside: the gradients of the heads' parameters. Those of the gates take the gates' place.
+    # Backward adds the gradients of the heads' parameters. The gradients of the gates overwrite the gates.
     numbers = T * B * (kept + params + I + 4 * O) + (T - 1) // every * B * M * N
     if every > 1:
-        numbers += min(B, 8) * every * M * N  # a segment, for each thread and element of its tile
+        numbers += min(B, 8) * every * M * N  # one segment of memories for each element of the tile of each thread
     return 4 * numbers
 
 
-@pytest.mark.parametrize("controller", ("lstm", "gru"))
+@pytest.mark.parametrize("controller", NATIVE)
 def test_peak_memory_is_as_predicted(backend: Backend, controller: str) -> None:
-    """Of T = 2000, B = 4: every memory kept would take 82 MB."""
+    """For T = 2000 and B = 4. To keep every memory would take 82 MB."""
     about_main_memory(backend)
     T, B = 2000, 4
     found = {k: measured(T, B, controller, k)[1] for k in ("auto", "all")}
@@ -92,7 +94,7 @@ def test_ten_thousand_steps_within_a_gibibyte(backend: Backend) -> None:
 
 
 def test_a_training_step_meets_no_page_faults(backend: Backend) -> None:
-    """Its memory is that of the step before: 10 MB here, which were 2,600 faults a step."""
+    """A step reuses the memory of the step before. Fresh memory, 10 MB here, would cost 2,600 page faults."""
     about_main_memory(backend)
     model = FastNTM(9, 8, 100, engine="sequence")
     inputs = torch.randn(41, 48, 9)

@@ -1,17 +1,18 @@
-"""NaN in, NaN out; and only where it belongs."""
+"""NaN goes where the reference has it, and nowhere else."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers.backends import Backend
+from helpers.machines import NATIVE
 from helpers.sequences import Case, named, native_alone, of_sequences
 from torch import Tensor
 
 from ntm_fast import NTMState
 
 
-@pytest.mark.parametrize("controller", ("lstm", "gru"))
+@pytest.mark.parametrize("controller", NATIVE)
 @pytest.mark.parametrize("target", ("inputs", *NTMState._fields))
 def test_nan_stays_with_its_sequence_and_after_its_time(backend: Backend, controller: str, target: str) -> None:
     case = Case(controller, B=9, T=6, layers=2, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""ops.ntm_sequence by itself: its twin, what it refuses, how it names bad arguments."""
+"""ops.ntm_sequence against its twin in plain PyTorch, what it refuses, and how it names bad arguments."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from helpers.native_calls import forget_answers
 from helpers.sequences import Case, arguments, assert_agrees, tensors_of, train
 
 import ntm_fast
-from ntm_fast import _native, ops, reference
+from ntm_fast import NTMState, native, ops, reference
+from ntm_fast.native import build, calls, parts
+from ntm_fast.spec import STEP_OPTIONS, native_values
 
 
 @pytest.mark.parametrize("shared", (False, True), ids=("state of each", "state of all"))
 @pytest.mark.parametrize("controller", ("lstm", "gru", "feedforward"))
 def test_operator_and_twin_agree(backend: Backend, controller: str, shared: bool) -> None:
-    """Called as one calls it, values and gradients; feedforward by way of the reference."""
+    """Values and gradients of public calls. For a feedforward controller the reference serves."""
     case = Case(controller if controller != "feedforward" else "gru", layers=2, R=2)
     values, options = arguments(case, shared)
     if controller == "feedforward":
@@ -39,7 +41,7 @@ def test_operator_and_twin_agree(backend: Backend, controller: str, shared: bool
 
 
 def test_a_state_for_all_is_that_state_for_each(backend: Backend) -> None:
-    """The reference's too: it is what the others are compared with."""
+    """One initial state for the batch gives what copies of it give. Also in the reference, the ground truth."""
     values, options = arguments(Case(layers=2, R=2, W=2), shared=True)
     for module in (reference, ops):
         found = []
@@ -47,7 +49,7 @@ def test_a_state_for_all_is_that_state_for_each(backend: Backend) -> None:
             leaves = [x.detach().requires_grad_() for x in tensors_of(values[1:6])]
             state = torch.utils._pytree.tree_unflatten(leaves, torch.utils._pytree.tree_structure(values[1:6]))
             if each:
-                state = reference.for_batch(values[0].shape[1], *state)
+                state = NTMState(*state).for_batch(values[0].shape[1])
             outputs, *final = module.ntm_sequence(values[0], *state, *values[6:], **options)
             loss = outputs.square().sum() + sum(x.cos().sum() for x in tensors_of(final))
             found.append([outputs, *tensors_of(final), *torch.autograd.grad(loss, leaves)])
@@ -55,7 +57,7 @@ def test_a_state_for_all_is_that_state_for_each(backend: Backend) -> None:
 
 
 def test_what_a_block_cannot_hold(monkeypatch) -> None:
-    """Where one element's state does not fit in a CUDA block, the step engine serves, and it is told why."""
+    """Where one element's state does not fit in a CUDA block, the step engine serves, and ``explain`` says why."""
     backend = usable(CUDA_ON_HOST, monkeypatch)
     case = Case(N=64, hidden=100, dtype=torch.float32)
     ntm, forced = case.module("auto"), case.module("sequence")
@@ -72,55 +74,58 @@ def test_what_a_block_cannot_hold(monkeypatch) -> None:
         with torch.no_grad():
             ntm(case.inputs())
     values, options = arguments(case)
-    with backend.serves(), torch.no_grad():  # the operator has no other engine: its twin in plain PyTorch
+    with backend.serves(), torch.no_grad():  # without a step engine: its twin in PyTorch serves
         outputs, *_ = ops.ntm_sequence(*values, **options)
     assert outputs.isfinite().all()
 
 
-def sizes_alone(name: str, **changes: int) -> tuple:
-    """What a native function of sequences is called with, no tensors among it: 0 in the place of addresses."""
-    sizes = dict(T=3, B=2, I=3, O=4, L=1, H=5, gru=0, of_step=2, R=1, W=1, N=6, M=3, K=3, every=1, shared=0) | changes
-    rest = [0] * (27 if name == "ntm_sequence" else 36)
-    return (*sizes.values(), *_native.step_scalars(False, "tanh", "tanh", None, 1.0), *rest)
+def sizes_alone(name: str, **changes: int) -> tuple[list, list]:
+    """What a native function of sequences is called with: scalars, and 0 in the place of every address."""
+    sizes = dict(T=3, B=2, I=3, O=4, L=1, H=5, controller=0, R=1, W=1, N=6, M=3, K=3, every=1, shared=0, keep=0)
+    options = native_values(STEP_OPTIONS, [own.default for own in STEP_OPTIONS.values()])
+    values = options | sizes | changes
+    signature = native.signature(name)
+    return [values[own] for own in signature.scalars], [0] * len(signature.tensors)
 
 
 @pytest.mark.parametrize("name", ("ntm_sequence", "ntm_sequence_backward"))
 def test_sizes_that_cannot_be_counted_are_refused(backend: Backend, name: str) -> None:
-    """Before anything is touched: every address here is 0."""
+    """Refused before any memory is touched: every address here is 0."""
     like = torch.empty(0, device=backend.device)
     for size in ("T", "I", "N", "every"):
         with pytest.raises(OverflowError, match=f"{1 << 31} is too large a size"):
-            _native.call(name, like, *sizes_alone(name, **{size: 1 << 31}))
+            native.call(name, like, *sizes_alone(name, **{size: 1 << 31}))
     too_large = [{"N": 1 << 20, "M": 1 << 9}, {"H": 1 << 28}, {"O": 1 << 28}]
     if name == "ntm_sequence_backward":
-        too_large.append({"N": 1 << 10, "M": 1 << 10, "every": 1 << 8})  # a segment of memories written again
+        too_large.append({"N": 1 << 10, "M": 1 << 10, "every": 1 << 8})  # a segment of memories that are computed again
     for changes in too_large:
         with pytest.raises(RuntimeError, match="one element of the batch is too large"):
-            _native.call(name, like, *sizes_alone(name, **changes))
+            native.call(name, like, *sizes_alone(name, **changes))
 
 
 def test_a_failing_device_is_not_taken_for_a_refusal(monkeypatch) -> None:
-    """What a device says of its own trouble is raised, and asked again the next time."""
+    """An error of the device is raised, and not remembered as an answer."""
     answers = ["ntm_fast: kernel ntm_sequence: out of luck", None, "ntm_fast: it does not fit"]
 
     class Extension:
         @staticmethod
-        def ntm_sequence_workspace(*values) -> None:
+        def ntm_sequence_workspace(*values) -> int:
             if answer := answers.pop(0):
                 raise RuntimeError(answer)
+            return 0
 
-    monkeypatch.setattr(_native, "_extension", lambda: Extension)
-    forget_answers(monkeypatch)
-    monkeypatch.setitem(_native._PARTS, "cuda", lambda: _native._Part(0, "80", None, cuda=True))
-    ask = functools.partial(_native.refusal, "ntm_sequence", "cuda", 0, False)
+    monkeypatch.setattr(build, "extension", lambda: Extension)
+    monkeypatch.setattr(calls, "_refusals", {})
+    monkeypatch.setitem(parts.PARTS, "cuda", lambda: parts.Part(0, "80", None, bounded=True))
+    ask = functools.partial(native.refusal, "ntm_sequence", torch.device("cuda", 0), False)
     with pytest.raises(RuntimeError, match="out of luck"):
-        ask(1)
-    assert ask(1) is None and ask(1) is None
-    assert ask(2) == ask(2) == "ntm_fast: it does not fit"
+        ask([1])
+    assert ask([1]) is None and ask([1]) is None
+    assert ask([2]) == ask([2]) == "ntm_fast: it does not fit"
 
 
 def test_bad_arguments_are_named() -> None:
-    """Each tensor in turn: the message names it and what it was; nothing is computed."""
+    """Each argument is wrong in turn. The message names it and says what it was; nothing is computed."""
     case = Case(layers=2, R=2, B=2)
     names = ["inputs", "memory", "read_weights", "write_weights", "reads", "state[0]", "state[1]"]
     names += [f"weights[{index}]" for index in range(8)]

@@ -1,9 +1,9 @@
-"""Faults planted in the calls of the native functions: the comparison finds each."""
+"""Faults are planted in the native calls of sequences, and the comparison finds each."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import pytest
 import torch
@@ -13,58 +13,52 @@ from helpers.poison import Poison
 from helpers.sequences import Case, check
 from torch import Tensor
 
+from ntm_fast import native
 
-def _address(values: tuple, like: Tensor, index: int) -> ctypes._SimpleCData:
-    number = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}[like.dtype]
-    return number.from_address(values[index])
-
-
-def _swap(a: int, b: int) -> Callable:
-    def change(values: list) -> None:
-        values[a], values[b] = values[b], values[a]
-
-    return change
+Values = dict[str, Any]  # what a native function is called with, by name: csrc/operators.h
 
 
-def _put(index: int, value: Any) -> Callable:
-    def change(values: list) -> None:
-        values[index] = value
-
-    return change
+def _swap(a: str, b: str) -> Callable[[Values], Values]:
+    return lambda values: {**values, a: values[b], b: values[a]}
 
 
-# Where things are among what the native functions are called with: T, B, I, O, L, H, gru, the step's sizes (B, R, W, N,
-# M, 2S+1), every, shared, the step's options, then (forward) keep, and tensors.
-EVERY, SHARED = 13, 14
+def _put(name: str, value: Any) -> Callable[[Values], Values]:
+    return lambda values: {**values, name: value}
+
+
+FORWARD, BACKWARD = "ntm_sequence", "ntm_sequence_backward"
 BEFORE_CALL = {
-    "a wrong every": ("ntm_sequence_backward", _put(EVERY, 3)),
-    "memories kept at other steps": ("ntm_sequence", _put(EVERY, 3)),
-    "an LSTM's hidden state for its cell": ("ntm_sequence_backward", _swap(-31, -30)),
-    "the first memory for the last": ("ntm_sequence_backward", lambda values: _put(-29, values[-35])(values)),
-    "read for write weights": ("ntm_sequence_backward", _swap(-21, -20)),
-    "read for write weights, initially": ("ntm_sequence_backward", _swap(-34, -33)),
-    "one initial state for all": ("ntm_sequence", _put(SHARED, True)),
-    "one initial state for all, on the way back": ("ntm_sequence_backward", _put(SHARED, True)),
-    "no gradient of the final state": ("ntm_sequence_backward", _put(-16, 0)),
-    "gradients in: read for write weights": ("ntm_sequence_backward", _swap(-15, -14)),
-    "gradients out: read for write weights": ("ntm_sequence_backward", _swap(-9, -8)),
-    "state in: read for write weights": ("ntm_sequence", _swap(-22, -21)),
-    "state in: hidden for cell": ("ntm_sequence", _swap(-19, -18)),
+    "a wrong every": (BACKWARD, _put("every", 3)),
+    "memories kept at other steps": (FORWARD, _put("every", 3)),
+    "an LSTM's hidden state for its cell": (BACKWARD, _swap("initial_hidden", "initial_cell")),
+    "the first memory for the last": (BACKWARD, lambda values: {**values, "final_memory": values["initial_memory"]}),
+    "read for write weights": (BACKWARD, _swap("trail_read_weights", "trail_write_weights")),
+    "read for write weights, initially": (BACKWARD, _swap("initial_read_weights", "initial_write_weights")),
+    "one initial state for all": (FORWARD, _put("shared", True)),
+    "one initial state for all, on the way back": (BACKWARD, _put("shared", True)),
+    "no gradient of the final state": (BACKWARD, _put("grad_final_memory", 0)),
+    "gradients in: read for write weights": (BACKWARD, _swap("grad_final_read_weights", "grad_final_write_weights")),
+    "gradients out: read for write weights": (
+        BACKWARD,
+        _swap("grad_initial_read_weights", "grad_initial_write_weights"),
+    ),
+    "state in: read for write weights": (FORWARD, _swap("initial_read_weights", "initial_write_weights")),
+    "state in: hidden for cell": (FORWARD, _swap("initial_hidden", "initial_cell")),
 }
-AFTER_CALL = {  # one number, by a thousandth
-    "grad_params": ("ntm_sequence_backward", -1),
-    "grad_x": ("ntm_sequence_backward", -4),
-    "grad of the initial cell": ("ntm_sequence_backward", -5),
-    "grad of the initial hidden state": ("ntm_sequence_backward", -6),
-    "grad of the initial reads": ("ntm_sequence_backward", -7),
-    "grad of the initial memory": ("ntm_sequence_backward", -10),
-    "an activated parameter": ("ntm_sequence", -1),
-    "a feature": ("ntm_sequence", -5),
-    "an output": ("ntm_sequence", -24),
-    "the final memory": ("ntm_sequence", -17),
-    "a cell": ("ntm_sequence", -7),
+AFTER_CALL = {  # one number of the tensor is changed by a thousandth
+    "grad_params": (BACKWARD, "grad_params"),
+    "grad_x": (BACKWARD, "grad_x"),
+    "grad of the initial cell": (BACKWARD, "grad_initial_cell"),
+    "grad of the initial hidden state": (BACKWARD, "grad_initial_hidden"),
+    "grad of the initial reads": (BACKWARD, "grad_initial_reads"),
+    "grad of the initial memory": (BACKWARD, "grad_initial_memory"),
+    "an activated parameter": (FORWARD, "trail_active"),
+    "a feature": (FORWARD, "trail_features"),
+    "an output": (FORWARD, "outputs"),
+    "the final memory": (FORWARD, "final_memory"),
+    "a cell": (FORWARD, "trail_cell"),
 }
-ONLY_ON_THE_CPU = "an activated parameter", "an output"  # are the native loop's own
+ONLY_ON_THE_CPU = "an activated parameter", "an output"  # the native loop of the CPU alone makes these
 
 
 @pytest.mark.parametrize("fault", (None, *BEFORE_CALL, *AFTER_CALL))
@@ -74,13 +68,15 @@ def test_planted_faults_are_found(backend: Backend, poison: Poison, monkeypatch,
     if fault in ONLY_ON_THE_CPU and backend.name != "native_cpu":
         pytest.skip("a CUDA kernel leaves none")
 
-    def wrong(call: Callable, called: str, like: Tensor, *values: Any) -> None:
-        values = list(values)
+    def wrong(call: Callable, called: str, like: Tensor, scalars: Sequence, addresses: Sequence) -> None:
+        names = native.signature(called)
+        values = dict(zip(names.scalars, scalars)) | dict(zip(names.tensors, addresses))
         if called == BEFORE_CALL.get(fault, (None,))[0]:
-            BEFORE_CALL[fault][1](values)
-        call(called, like, *values)
+            values = BEFORE_CALL[fault][1](values)
+        call(called, like, [values[name] for name in names.scalars], [values[name] for name in names.tensors])
         if called == AFTER_CALL.get(fault, (None,))[0]:
-            _address(values, like, AFTER_CALL[fault][1]).value *= 1.001
+            number = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}[like.dtype]
+            number.from_address(values[AFTER_CALL[fault][1]]).value *= 1.001
 
     intercept(monkeypatch, wrong)
     case = Case(checkpoint=2)

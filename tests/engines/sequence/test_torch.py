@@ -1,4 +1,4 @@
-"""What PyTorch does with the sequence engine: derivatives of derivatives, torch.compile, autocast, checkpoints."""
+"""The sequence engine under PyTorch's own tools: second derivatives, torch.compile, autocast, checkpoints."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import weakref
 import pytest
 import torch
 import torch.utils.checkpoint
-from helpers.backends import Backend
+from helpers.backends import CUDA_ON_HOST, Backend
+from helpers.machines import NATIVE
 from helpers.sequences import Case, arguments, assert_same_bits, named, train
 from torch import Tensor
 
-from ntm_fast import sequence
+from ntm_fast.ops import sequence_kernels
+from ntm_fast.ops.sequence_plan import Trail
 
 
 @pytest.mark.parametrize("change", [{}, {"controller": "gru", "layers": 2}, {"given": False, "checkpoint": 2}], ids=str)
@@ -30,7 +32,7 @@ def test_second_derivatives(backend: Backend, change: dict) -> None:
         first = torch.autograd.grad(outputs.square().sum() + final.memory.sum(), leaves, create_graph=True)
         penalty = outputs.sum() + sum(x.square().sum() for x in first)
         found.append([*first, *torch.autograd.grad(penalty, leaves)])
-    # Twenty steps' worth of reference arithmetic in both; sums in another order.
+    # The reference computes the second derivatives in both; only sums are in another order.
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
 
 
@@ -68,11 +70,11 @@ def test_changing_what_was_returned_is_noticed_or_harmless(backend: Backend, wha
 
 
 @pytest.mark.parametrize("backwards", (0, 1))
-@pytest.mark.parametrize("controller", ("lstm", "gru"))
+@pytest.mark.parametrize("controller", NATIVE)
 def test_nothing_outlives_its_use(backend: Backend, monkeypatch, controller: str, backwards: int) -> None:
-    """What was kept goes with backward; without one, with the outputs; without the collector's help either way."""
+    """What is kept for backward goes when backward has run, or when the outputs go, without the garbage collector."""
     trails = []
-    right = sequence.allocate
+    right = sequence_kernels.allocate
 
     def noting(*args) -> tuple:
         *others, trail = right(*args)
@@ -81,13 +83,13 @@ def test_nothing_outlives_its_use(backend: Backend, monkeypatch, controller: str
         return *others, trail
 
     alive = lambda index: sum(tensor() is not None for tensor in trails[index])  # noqa: E731
-    monkeypatch.setattr(sequence, "allocate", noting)
+    monkeypatch.setattr(sequence_kernels, "allocate", noting)
     case = Case(controller)
     ntm = case.module("sequence")
     gc.disable()
     try:
         outputs, final = ntm(case.inputs(), case.state())
-        assert alive(0) == len(sequence.Trail._fields)
+        assert alive(0) == len(Trail._fields)
         if backwards:
             outputs.sum().backward()
         else:
@@ -95,7 +97,7 @@ def test_nothing_outlives_its_use(backend: Backend, monkeypatch, controller: str
         assert not alive(0)
         with torch.no_grad():
             outputs, final = ntm(case.inputs(), case.state())
-        assert len(trails) == 1  # none at all
+        assert len(trails) == 1  # this call kept nothing
     finally:
         gc.enable()
 
@@ -119,27 +121,30 @@ def test_under_torch_checkpoint(backend: Backend) -> None:
     ids=("a state for each", "a state for all", "GRU"),
 )
 def test_opcheck(backend: Backend, change: dict, shared: bool) -> None:
-    """Schema, fake and functionalisation, of the operator and of its backward."""
+    """torch.library.opcheck on the operator and on its backward: schema, fake and functionalisation."""
     case = Case(**{**dict(T=3, B=2, hidden=4, N=5, M=3, R=2), **change}, dtype=torch.float32)
     values, options = arguments(case, shared)
     options |= {"eps": 1e-8, "memory_checkpoint": 0 if case.checkpoint == "auto" else case.checkpoint}
     schema = torch.ops.ntm_fast.ntm_sequence.default._schema.arguments
     positional = [options[argument.name] for argument in schema if argument.name in options]
+    # The other checks, of autograd and functionalisation, see nothing of the backend: they are not repeated.
+    some = {"test_utils": ("test_schema", "test_faketensor")} if backend is CUDA_ON_HOST else {}
+    check = functools.partial(torch.library.opcheck, **some)
     for keep in (True, False):
-        torch.library.opcheck(torch.ops.ntm_fast.ntm_sequence.default, (*values, *positional, keep))
+        check(torch.ops.ntm_fast.ntm_sequence.default, (*values, *positional, keep))
     outputs, memory, *others, state, trail = torch.ops.ntm_fast.ntm_sequence(*values, *positional, True)
     grad, *grads = (torch.randn_like(x) for x in (outputs, memory, *others, *state))
     for needs_inputs, grad_final in ((True, grads), (False, grads), (False, [])):
         backward = torch.ops.ntm_fast.ntm_sequence_backward.default
         given = *values, memory, trail, grad, grad_final
-        torch.library.opcheck(backward, (*given, *positional, needs_inputs))
+        check(backward, (*given, *positional, needs_inputs))
 
 
 def compiled_agrees(backend: Backend, controller: str, compiler: str) -> None:
     torch._dynamo.reset()
     ntm = Case(controller, dtype=torch.float32, memory_init="learned").module("auto")
     compiled = torch.compile(ntm, backend=compiler, fullgraph=True)
-    for T, B in ((4, 2), (4, 2), (6, 3)):  # the last one compiles again, for sizes that may change
+    for T, B in ((4, 2), (4, 2), (6, 3)):  # the last one compiles again, now for sizes that may change
         inputs = torch.randn(T, B, 3, device=backend.device)
         results = []
         for module in (ntm, compiled):
@@ -150,14 +155,14 @@ def compiled_agrees(backend: Backend, controller: str, compiler: str) -> None:
             with backend.serves("ntm_sequence"), torch.no_grad():
                 again, _ = module(inputs, state.detach())
             results.append([outputs.detach(), again, *(p.grad.clone() for p in ntm.parameters())])
-        # The same kernels; what is between them may be fused and reordered.
+        # The same kernels run; what lies between them may be fused and reordered.
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("controller", ("lstm", "gru"))
+@pytest.mark.parametrize("controller", NATIVE)
 def test_compiled_machines_use_the_operator(backend: Backend, controller: str) -> None:
-    """Under fullgraph: one native call for all steps forward, one backward."""
+    """With fullgraph=True: one native call for all steps forward, one backward."""
     compiled_agrees(backend, controller, "aot_eager")
 
 
@@ -167,7 +172,7 @@ def test_compile_inductor(backend: Backend) -> None:
 
 
 def test_modes_see_the_operator(backend: Backend) -> None:
-    """Whoever intercepts operators (fakes, tracers, counters) meets it in eager mode too, with the same answers."""
+    """A dispatch mode (a tracer, a counter) sees the operator in eager mode too, and results stay the same."""
     seen = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -197,7 +202,7 @@ def test_autocast_takes_all_to_float32(backend: Backend, low: torch.dtype) -> No
     torch.testing.assert_close(outputs.float(), expected, rtol=0.05, atol=0.05)
     loss = outputs.float().square().sum()
     grads = torch.autograd.grad(loss, list(ntm.controller.parameters()), retain_graph=True)
-    with torch.autocast(backend.device, dtype=low):  # where it would round what goes to the kernels and to its products
+    with torch.autocast(backend.device, dtype=low):  # autocast could round what goes to the kernels and to products
         again = torch.autograd.grad(loss, list(ntm.controller.parameters()), retain_graph=True)
     for grad, other in zip(grads, again):
         torch.testing.assert_close(other, grad, rtol=0.02, atol=0.02 * float(grad.abs().max()))
@@ -207,7 +212,7 @@ def test_autocast_takes_all_to_float32(backend: Backend, low: torch.dtype) -> No
 
 @pytest.mark.parametrize("engine", ("sequence", "step"))
 def test_backward_in_autocast_is_that_outside(backend: Backend, engine: str) -> None:
-    """Bit for bit, of a loss that nothing else has a part in: what goes to native kernels is not rounded on its way."""
+    """Bit for bit, where the loss reads the engine's results alone: autocast rounds nothing on the way to a kernel."""
     case = Case(layers=2, dtype=torch.float32)
     ntm = case.module(engine)
     _, final = ntm(case.inputs(), case.state())

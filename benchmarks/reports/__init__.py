@@ -1,0 +1,1 @@
+"""Programs that measure and write a page each: see benchmarks/run.py."""

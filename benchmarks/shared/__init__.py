@@ -1,0 +1,1 @@
+"""What suites and reports share: the standard job, the operators' inputs, checks, and timing."""

@@ -1,0 +1,34 @@
+"""The engines: one native call for all steps (:mod:`sequence`), one for every memory step (:mod:`step`, on CUDA in
+:mod:`graphs`), or the reference. :mod:`choose` says which one serves, and why not the others."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..spec import NTMState, SequenceOptions, SequenceTensors
+from . import sequence, step
+from .choose import Choice, choose_engine, explain
+from .graphs import empty_cache
+
+__all__ = ["Choice", "choose_engine", "empty_cache", "explain", "run"]
+
+
+def run(
+    choice: Choice, x: SequenceTensors, options: SequenceOptions, records: list | None = None
+) -> tuple[Tensor, NTMState]:
+    """Run ``x``, which has been checked, on the chosen engine -> outputs (T, B, O), final state.
+
+    ``records`` collects what a trace shows, step by step: as in :func:`reference.unroll`.
+    """
+    if choice.engine == "sequence" and records is None:
+        return sequence.run(x, options)
+    weight, bias = x.output_weight, x.output_bias
+    assert weight is not None
+    without = x._replace(output_weight=None, output_bias=None)
+    if choice.engine == "reference":
+        features, *state = reference.unroll(reference, *without.arguments(), **options.keywords(), records=records)
+        return F.linear(features, weight, bias), NTMState(*state)
+    features, final = step.run(without, options, records)
+    return F.linear(features, weight, bias), final
