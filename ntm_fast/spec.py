@@ -55,7 +55,7 @@ def check_option(option: Field, value: Any) -> None:
             raise ValueError(f"{option.name}: got {value!r}, expected one of {expected}{or_none}")
         return
     expected = {int: "an int", float: "a number", str: "a str", bool: "a bool"}[kind]
-    if not (_is_flag(value) if kind is bool else isinstance(value, _NUMBERS.get(kind, kind)) and value is not True):
+    if value is None or not (_is_flag(value) if kind is bool else _is_a(kind, value)):
         raise TypeError(f"{option.name}: got {value!r}, expected {expected}{or_none}")
     infinite = rules.get("infinite", False) and value == math.inf
     if "least" in rules and not rules["least"] <= value < math.inf:
@@ -65,6 +65,10 @@ def check_option(option: Field, value: Any) -> None:
 
 
 _NUMBERS: dict[type, type] = {int: numbers.Integral, float: numbers.Real}  # numpy's too
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, _NUMBERS.get(kind, kind)) and not isinstance(value, bool)
 
 
 def _is_flag(value: Any) -> bool:
@@ -207,7 +211,18 @@ class NTMConfig(MachineOptions):
                 f"memory_locations = {self.memory_locations}; expected at most {(self.memory_locations - 1) // 2}"
             )
         check_checkpoint(self.memory_checkpoint)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Work out once what every call asks for."""
         object.__setattr__(self, "_hash", hash(tuple(getattr(self, own.name) for own in fields(self))))
+        checkpoint = checkpoint_number(self.memory_checkpoint)
+        options = SequenceOptions(self.controller, step_values(self), checkpoint)
+        object.__setattr__(self, "_sequence_options", options)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember()  # another process has other hashes
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined]  # asked at every streamed step
@@ -224,7 +239,7 @@ class NTMConfig(MachineOptions):
 
     def sequence_options(self) -> SequenceOptions:
         """As the operator ``ntm_sequence`` takes them."""
-        return SequenceOptions(self.controller, step_values(self), checkpoint_number(self.memory_checkpoint))
+        return self._sequence_options  # type: ignore[attr-defined]
 
 
 def check_checkpoint(value: Any) -> None:

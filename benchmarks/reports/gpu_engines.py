@@ -137,7 +137,7 @@ def _make(side: Side, job: Job, batch: Batch, wanted: dict[str, torch.Tensor], c
     where = torch.device(clock.device), torch.float32
     reason = None
     if side.engine == "sequence":
-        reason = why_no_sequence(*where, model.controller_type, lambda: model.config)
+        reason = why_no_sequence(*where, model.controller_type, lambda: model.ntm_config)
     elif side.engine == "step":
         reason = why_not_native(*where)
     if reason:

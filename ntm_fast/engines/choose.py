@@ -76,7 +76,7 @@ def explain(
     """
     device = torch.device(device)
     reasons = {name: why_not_native(device, dtype, name) for name in ops.NAMES}
-    config = getattr(module, "config", None)
+    config = getattr(module, "ntm_config", None)
     if module is not None and not isinstance(config, NTMConfig):
         raise TypeError(f"module: got {type(module).__name__}, expected a FastNTM or NTMCell")
     if config is not None:

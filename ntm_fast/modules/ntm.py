@@ -47,7 +47,7 @@ class _NTM(nn.Module):
         super().__init__()
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: got {dtype!r}, expected a floating dtype")
-        self.config = config
+        self.ntm_config = config
         n, m, r, w = config.memory_locations, config.memory_width, config.read_heads, config.write_heads
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         columns = config.input_size + r * m
@@ -111,7 +111,7 @@ class _NTM(nn.Module):
     def _check_weights(self, weights: list[Tensor]) -> None:
         """That what may have been put in the place of a weight fits; the output layer may have another size."""
         outputs = tuple(weights[-2].shape[:1])
-        shapes = [*self._weight_shapes, (*outputs, self.config.features_size), outputs]
+        shapes = [*self._weight_shapes, (*outputs, self.ntm_config.features_size), outputs]
 
         def name(index: int) -> str:
             linear = "heads.weight", "heads.bias", "output.weight", "output.bias"
@@ -129,13 +129,13 @@ class _NTM(nn.Module):
             found = native.layouts((inputs, *state[:4], *state.controller, *weights))
             if found is not None:
                 layouts, addresses = found
-                key = layouts, self.config
+                key = layouts, self.ntm_config
                 repeated = sequence.remembered.get(key, sequence.UNKNOWN)
                 if isinstance(repeated, sequence.Repeated):
                     return repeated(inputs, addresses)
                 if repeated is None:  # not to be repeated, as has been found out
                     key = None
-        weight, config = weights[-4], self.config
+        weight, config = weights[-4], self.ntm_config
         inputs, batched = self._enter(inputs, weight)
         self._check_weights(weights)
         if state is not None:
@@ -154,12 +154,12 @@ class _NTM(nn.Module):
         """The state before the first step, without a batch dimension if the engine can share one among all."""
         shared = shared and type(self).initial_state is _NTM.initial_state
         state = self._shared_state() if shared else self.initial_state(batch)
-        check_state(self.config, state, () if shared else (batch,), weight)
+        check_state(self.ntm_config, state, () if shared else (batch,), weight)
         return state
 
     def _may_repeat(self) -> bool:
         """Whether a call like this one may be done again by its layout alone."""
-        config = self.config
+        config = self.ntm_config
         served = CONTROLLERS[config.controller].native is not None
         return served and config.engine in ("auto", "sequence") and left_alone()
 
@@ -189,14 +189,13 @@ def _setting(own: dataclasses.Field) -> property:
     name = own.name
 
     def get(self: _NTM) -> Any:
-        return getattr(self.config, name)
+        return getattr(self.ntm_config, name)
 
     def set(self: _NTM, value: Any) -> None:
-        if own.metadata.get("fixed"):
-            raise AttributeError(
-                f"{name}: got {value!r}, expected {getattr(self.config, name)!r}: it is fixed when the module is made"
-            )
-        self.config = dataclasses.replace(self.config, **{name: value})
+        now = getattr(self.ntm_config, name)
+        if own.metadata.get("fixed") and value != now:
+            raise AttributeError(f"{name}: got {value!r}, expected {now!r}: it is fixed when the module is made")
+        self.ntm_config = dataclasses.replace(self.ntm_config, **{name: value})
 
     return property(get, set)
 
@@ -323,11 +322,11 @@ class FastNTM(_NTM):
 
     def _enter(self, inputs: Tensor, weight: Tensor) -> tuple[Tensor, bool]:
         """Check inputs and shape them (T, B, I); whether they are batched."""
-        check_inputs(self.config, inputs, 3, weight)
+        check_inputs(self.ntm_config, inputs, 3, weight)
         batched = inputs.dim() == 3
         if not batched:
             inputs = inputs.unsqueeze(1)
-        elif self.config.batch_first:
+        elif self.ntm_config.batch_first:
             inputs = inputs.transpose(0, 1)
         if inputs.shape[0] == 0:
             raise ValueError("inputs: got no time steps, expected at least one")
@@ -336,7 +335,7 @@ class FastNTM(_NTM):
     def _leave(self, outputs: Tensor, state: NTMState, batched: bool) -> tuple[Tensor, NTMState]:
         if not batched:
             return outputs.squeeze(1), state.unbatched()
-        return outputs.transpose(0, 1) if self.config.batch_first else outputs, state
+        return outputs.transpose(0, 1) if self.ntm_config.batch_first else outputs, state
 
 
 class NTMCell(_NTM):
@@ -400,7 +399,7 @@ class NTMCell(_NTM):
         def __call__(self, inputs: Tensor, state: NTMState | None = None) -> tuple[Tensor, NTMState]: ...
 
     def _enter(self, inputs: Tensor, weight: Tensor) -> tuple[Tensor, bool]:
-        check_inputs(self.config, inputs, 2, weight)
+        check_inputs(self.ntm_config, inputs, 2, weight)
         batched = inputs.dim() == 2
         if not batched:
             inputs = inputs.unsqueeze(0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import Field
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
+import torch
 from torch import Tensor
 
 from .. import spec
@@ -122,16 +123,44 @@ def _check_derived(contract: Contract, sizes: dict[str, int], owners: dict[str, 
         )
 
 
+_right: set[tuple[Any, ...]] = set()  # options that have been checked
+
+
 def check_options(contract_name: str, options: dict[str, Any]) -> None:
     """Raise TypeError or ValueError, naming operator and option, unless these step options are right."""
+    if torch.compiler.is_compiling():
+        _check_traced(contract_name, options)
+        return
+    key = contract_name, *options.items()
+    try:
+        if key in _right:
+            return
+    except TypeError:  # a value that cannot be hashed, and is wrong
+        pass
+    _check_each(contract_name, options)
+    if len(_right) < 1024:
+        _right.add(key)
+
+
+def _check_traced(contract_name: str, options: dict[str, Any]) -> None:
+    """The same in words that torch.compile can trace, for numbers that may be symbols."""
+    for name in ("key_activation", "add_activation"):
+        if options.get(name, "tanh") not in spec.ACTIVATIONS:
+            raise ValueError(f"{contract_name}: {name}: got {options[name]!r}, expected 'tanh' or 'identity'")
+    if options.get("shift_range", 0) < 0:
+        raise ValueError(f"{contract_name}: shift_range: got {options['shift_range']}, expected an int of at least 0")
+    for name in ("clip", "eps"):
+        value = options.get(name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{contract_name}: {name}: got {value}, expected a number above 0")
+
+
+def _check_each(contract_name: str, options: dict[str, Any]) -> None:
     for name, value in options.items():
         try:
             spec.check_option(spec.STEP_OPTIONS[name], value)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{contract_name}: {error}") from None
-
-
-setattr(check_options, "_dynamo_marked_constant", True)  # options are constants of a compiled graph
 
 
 def _describe(letters: str) -> str:

@@ -66,12 +66,16 @@ class Plan(NamedTuple):
     takes_ends: bool  # whether the native loop multiplies inputs and features too
     shared: bool  # whether the whole batch has one initial state, without a batch dimension
     values: dict[str, Any]  # sizes and options by their names in the native functions' signatures
+    ordered: dict[str, list[Any]]  # these in the order of each native function that was called
     final: list[Shape]  # of the final state's tensors in a row, in the native layout
     trail: dict[str, Shape]  # of the trail's
 
     def scalars(self, operator: str) -> list[Any]:
         """Sizes and options in the native function's order."""
-        return [self.values[name] for name in native.signature(operator).scalars]
+        found = self.ordered.get(operator)
+        if found is None:
+            found = self.ordered[operator] = [self.values[name] for name in native.signature(operator).scalars]
+        return found
 
 
 def make_plan(
@@ -91,6 +95,7 @@ def make_plan(
             **{"R": R, "W": W, "N": N, "M": M, "every": every, "shared": shared, "keep": keep},
             **spec.native_values(spec.STEP_OPTIONS, options.step),
         },
+        ordered={},
         final=[(B, M, N), (B, R, N), (B, W, N), (B, R, M), *[(L, B, H)] * len(kind.state)],
         trail=dict(
             x=(T, B, G),

@@ -57,7 +57,7 @@ def test_auto_takes_large_controllers_in_steps_on_cuda(monkeypatch) -> None:
 
     def chosen(engine: str = "auto", device: str = "cuda", **options: Any) -> str:
         ntm = FastNTM(3, 4, engine=engine, device="meta", **options)
-        return choosing.choose_engine(ntm.config, torch.device(device), torch.float32).engine
+        return choosing.choose_engine(ntm.ntm_config, torch.device(device), torch.float32).engine
 
     monkeypatch.setattr(choosing, "why_not_native", lambda *_: None)
     monkeypatch.setattr(sequence, "why_not_native", lambda *_: None)

@@ -213,7 +213,7 @@ BITS = [
 def arguments(case: Case, shared: bool = False) -> tuple[list, dict[str, Any]]:
     """The arguments of ops.ntm_sequence. ``shared``: the state is the first element's, without a batch dimension."""
     ntm = case.module("reference").requires_grad_(False)
-    options = {**ntm.config.sequence_options().keywords(), "memory_checkpoint": case.checkpoint}
+    options = {**ntm.ntm_config.sequence_options().keywords(), "memory_checkpoint": case.checkpoint}
     last = ntm.heads.weight, ntm.heads.bias, ntm.output.weight, ntm.output.bias
     *first, state = case.state()
     if shared:

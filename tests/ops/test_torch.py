@@ -199,3 +199,14 @@ def test_activation_checkpointing(backend: Backend, use_reentrant: bool) -> None
     expected = torch.autograd.grad(_step_and_loss(*leaves), leaves)
     torch.utils.checkpoint.checkpoint(_step_and_loss, *leaves, use_reentrant=use_reentrant).backward()
     assert all(torch.equal(x.grad, want) for x, want in zip(leaves, expected))
+
+
+def test_compiled_options_may_change(backend: Backend) -> None:
+    """When an option has changed, torch.compile makes a symbol of it: the checks must not stumble over that."""
+    inputs = [x.to(backend.device) for x in Case("content_addressing").tensors()[0].values()]
+    torch._dynamo.reset()
+    function = lambda *args: ops.content_addressing(*args[:-1], eps=args[-1])  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    for eps in (1e-8, 1e-3, 1e-1):
+        torch.testing.assert_close(compiled(*inputs, eps), ops.content_addressing(*inputs, eps=eps))
+    torch._dynamo.reset()
