@@ -56,7 +56,8 @@ void check(const Demand& d, const Limits& limits, const Kernels& kernels) {
             break;
         case Way::workspace:
             CHECK(unstaged > limits.shared_per_block, d, p);
-            CHECK(p.shared == reserved && p.blocks <= workspace_blocks * limits.multiprocessors && p.blocks <= d.items, d, p);
+            CHECK(p.shared == reserved && p.blocks <= d.items, d, p);
+            CHECK(p.blocks <= workspace_blocks * limits.multiprocessors, d, p);
             CHECK(p.workspace == p.blocks * d.unstaged * d.real, d, p);
             break;
     }
@@ -116,7 +117,8 @@ void check(const SequenceSizes& s, bool backward, Size real, const Limits& limit
     }
     expect(p.threads == sequence_threads(real), "threads, for which the registers are counted");
     expect(p.elements <= most_elements && (p.elements & (p.elements - 1)) == 0, "elements");
-    expect(p.group >= warp_size && p.group % warp_size == 0 && (p.group & (p.group - 1)) == 0, "a group is not of 2^n warps");
+    const bool power_of_2 = (p.group & (p.group - 1)) == 0;
+    expect(p.group >= warp_size && p.group % warp_size == 0 && power_of_2, "a group is not of 2^n warps");
     expect(p.elements * p.group <= p.threads, "more groups than threads");
     expect(p.group == warp_size || p.group / 2 < s.step.N, "half a group would do");
     expect(p.group * p.elements == p.threads || p.group >= s.step.N, "threads idle that could work");
