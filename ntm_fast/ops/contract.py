@@ -124,6 +124,11 @@ def _check_derived(contract: Contract, sizes: dict[str, int], owners: dict[str, 
 
 
 _right: set[tuple[Any, ...]] = set()  # options that have been checked
+# Choices, least value and lower bound of each option, as torch.compile can trace them.
+_RULES = {
+    name: (own.metadata.get("choices"), own.metadata.get("least"), own.metadata.get("above"))
+    for name, own in spec.STEP_OPTIONS.items()
+}
 
 
 def check_options(contract_name: str, options: dict[str, Any]) -> None:
@@ -131,7 +136,7 @@ def check_options(contract_name: str, options: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         _check_traced(contract_name, options)
         return
-    key = contract_name, *options.items()
+    key = contract_name, *options.items(), *map(type, options.values())  # True equals 1, but it is no number
     try:
         if key in _right:
             return
@@ -144,15 +149,14 @@ def check_options(contract_name: str, options: dict[str, Any]) -> None:
 
 def _check_traced(contract_name: str, options: dict[str, Any]) -> None:
     """The same in words that torch.compile can trace, for numbers that may be symbols."""
-    for name in ("key_activation", "add_activation"):
-        if options.get(name, "tanh") not in spec.ACTIVATIONS:
-            raise ValueError(f"{contract_name}: {name}: got {options[name]!r}, expected 'tanh' or 'identity'")
-    if options.get("shift_range", 0) < 0:
-        raise ValueError(f"{contract_name}: shift_range: got {options['shift_range']}, expected an int of at least 0")
-    for name in ("clip", "eps"):
-        value = options.get(name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{contract_name}: {name}: got {value}, expected a number above 0")
+    for name, value in options.items():
+        choices, least, above = _RULES[name]
+        if choices is not None and value not in choices:
+            raise ValueError(f"{contract_name}: {name}: got {value!r}, expected one of {choices}")
+        if least is not None and value < least:
+            raise ValueError(f"{contract_name}: {name}: got {value}, expected at least {least}")
+        if above is not None and value is not None and not value > above:
+            raise ValueError(f"{contract_name}: {name}: got {value}, expected a number above {above}")
 
 
 def _check_each(contract_name: str, options: dict[str, Any]) -> None:

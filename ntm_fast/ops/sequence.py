@@ -20,6 +20,9 @@ from .serving import call, left_alone, serve, watched, why_not_native
 # --- torch.ops.ntm_fast.ntm_sequence ----------------------------------------------------------------------------------
 
 
+_OPTIONS = len(STEP_OPTIONS) + 2  # in a row: controller, step options, memory_checkpoint
+
+
 def _kernel(*args: Any) -> tuple:
     x, options = _parse(args[:-1])
     return _listed(*kernels.forward(x, options, args[-1]))
@@ -31,8 +34,7 @@ def _fake(*args: Any) -> tuple:
 
 
 def _parse(args: Sequence[Any]) -> tuple[SequenceTensors, SequenceOptions]:
-    options = len(STEP_OPTIONS) + 2
-    return SequenceTensors.from_arguments(args[:-options]), SequenceOptions.unflatten(args[-options:])
+    return SequenceTensors.from_arguments(args[:-_OPTIONS]), SequenceOptions.unflatten(args[-_OPTIONS:])
 
 
 def _listed(outputs: Tensor, final: NTMState, trail: Trail | None) -> tuple:
@@ -41,12 +43,11 @@ def _listed(outputs: Tensor, final: NTMState, trail: Trail | None) -> tuple:
 
 def _backward_arguments(args: Sequence[Any]) -> tuple:
     """The arguments of the registered backward as those of :func:`kernels.backward`."""
-    needs_inputs, options = args[-1], len(STEP_OPTIONS) + 3
-    *tensors, final_memory, trail, grad_outputs, grad_final = args[:-options]
-    x = SequenceTensors.from_arguments(tensors)
+    *args, needs_inputs = args
+    *tensors, final_memory, trail, grad_outputs, grad_final = args[:-_OPTIONS]
+    x, options = SequenceTensors.from_arguments(tensors), SequenceOptions.unflatten(args[-_OPTIONS:])
     grads = NTMState.unflatten(grad_final) if grad_final else None
-    chosen = SequenceOptions.unflatten(args[-options:-1])
-    return x, chosen, final_memory, Trail(*trail), grad_outputs, grads, needs_inputs
+    return x, options, final_memory, Trail(*trail), grad_outputs, grads, needs_inputs
 
 
 def _backward_kernel(*args: Any) -> list[Tensor]:
@@ -77,8 +78,7 @@ _define()
 
 
 def _split(args: Sequence[Any]) -> tuple[tuple[Tensor, ...], SequenceOptions]:
-    options = len(STEP_OPTIONS) + 2
-    return tuple(args[:-options]), SequenceOptions.unflatten(args[-options:])
+    return tuple(args[:-_OPTIONS]), SequenceOptions.unflatten(args[-_OPTIONS:])
 
 
 def _twin(*row: Tensor, **options: Any) -> tuple[Tensor, ...]:

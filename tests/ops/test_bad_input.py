@@ -85,3 +85,11 @@ def test_explain_names_every_operator() -> None:
         answers = ntm_fast.explain(device, dtype)
         assert set(answers) == {*OPERATORS, "ntm_sequence"}
         assert all(answer == "native" or answer.startswith("reference: ") for answer in answers.values())
+
+
+def test_what_was_checked_is_no_excuse_for_its_equal() -> None:
+    """True equals 1, but it is no number: that 1 was checked before does not let True pass."""
+    inputs = list(Case("content_addressing").tensors()[0].values())
+    ops.content_addressing(*inputs, eps=1)
+    with pytest.raises(TypeError, match="eps.*True"):
+        ops.content_addressing(*inputs, eps=True)
