@@ -172,7 +172,9 @@ py::object layouts(const py::tuple& tensors) {
 }
 
 // Uninitialised tensors with the layouts of such a string, and their addresses; from the pool if they are large enough.
-py::tuple empty_as(const py::bytes& layouts, std::size_t pooled_from) {
+// None where torch has no such table.
+py::object empty_as(const py::bytes& layouts, std::size_t pooled_from) {
+    if (!exchange().api) return py::none();
     using Owner = Owned<DLManagedTensorVersioned>;
     py::list tensors, addresses;
     const std::string_view all = layouts;

@@ -8,6 +8,7 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
+from .. import native
 from ..spec import CONTROLLERS, NTMConfig, NTMState
 
 
@@ -53,11 +54,22 @@ def check_state(config: NTMConfig, state: Any, batch: tuple[int, ...], weight: T
     check_tensors(state.flatten(), shapes, weight, name)
 
 
+# Tensors on the CPU that were found to fit, by layouts, shapes and dtype: to look that up takes a third of a check.
+_fitting: set[Any] = set()
+REMEMBERED = 1024  # when there are more, all are forgotten
+
+
 def check_tensors(
     tensors: Sequence[Any], shapes: Sequence[tuple[int, ...]], weight: Tensor, name: Callable[[int], str]
 ) -> None:
     """That they have these shapes, and dtype and device of ``weight``; ``name`` is asked for in errors. Under autocast
     dtypes may differ: where that cannot be, the engine says so."""
+    key = None
+    if not torch.compiler.is_compiling():
+        found = native.layouts(tuple(tensors))
+        key = (found[0], tuple(shapes), weight.dtype) if found else None
+        if key in _fitting:
+            return
     device, on_cpu = weight.device, weight.is_cpu  # which is quicker asked than a device
     dtype = weight.dtype if weight.is_meta or not torch.is_autocast_enabled(device.type) else None
     for index, (tensor, shape) in enumerate(zip(tensors, shapes)):
@@ -71,3 +83,7 @@ def check_tensors(
         raise ValueError(
             f"{name(index)}: got {tensor.dtype} on {tensor.device}, expected the module's {weight.dtype} on {device}"
         )
+    if key is not None:
+        if len(_fitting) >= REMEMBERED:
+            _fitting.clear()
+        _fitting.add(key)

@@ -88,8 +88,9 @@ def _twin(*row: Tensor, **options: Any) -> tuple[Tensor, ...]:
     return outputs, *final, *controller
 
 
-def _run(args: Sequence[Any], keep: bool) -> tuple[tuple[Tensor, ...], Trail | None]:
-    row, options = _split(args)
+def _run(
+    row: Sequence[Tensor], options: SequenceOptions, keep: bool
+) -> tuple[tuple[Tensor, ...], Trail | None]:
     x = SequenceTensors.unflatten(row, options.controller)
     if watched(row):
         found = torch.ops.ntm_fast.ntm_sequence.default(*x.arguments(), *options.flatten(), keep)
@@ -102,8 +103,8 @@ def _run(args: Sequence[Any], keep: bool) -> tuple[tuple[Tensor, ...], Trail | N
 class _NTMSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        outputs, trail = _run(args, keep=True)
         row, ctx.options = _split(args)
+        outputs, trail = _run(row, ctx.options, keep=True)
         assert trail is not None
         ctx.save_for_backward(outputs[1], *trail, *row)
         ctx.set_materialize_grads(False)  # autograd's zero gradients would have another layout than the memory
@@ -142,7 +143,7 @@ def _grad_final(x: SequenceTensors, memory: Tensor, grads: Sequence[Tensor | Non
     return NTMState.unflatten([torch.zeros_like(x) if grad is None else grad for x, grad in zip(shapes, grads)])
 
 
-_SERVED = Served(_twin, lambda *args: _run(args, keep=False)[0], _NTMSequence.apply)
+_SERVED = Served(_twin, lambda *args: _run(*_split(args), keep=False)[0], _NTMSequence.apply)
 
 
 # --- the contract -----------------------------------------------------------------------------------------------------

@@ -39,9 +39,9 @@ def weights_of(x: SequenceTensors) -> list[Tensor]:
 
 def allocate(p: Plan, inputs: Tensor, keep: bool) -> tuple[Tensor, NTMState, Trail | None]:
     """The outputs, the final state in the native layout and the trail, uninitialised; no trail unless it is kept."""
-    final = NTMState.unflatten([native.empty(inputs, shape) for shape in p.final])
-    trail = Trail(**{name: native.empty(inputs, shape) for name, shape in p.trail.items()}) if keep else None
-    return native.empty(inputs, (p.T, p.B, p.O)), final, trail
+    made = native.empty(inputs, ((p.T, p.B, p.O), *p.final, *(p.trail.values() if keep else ())))
+    end = 1 + len(p.final)
+    return made[0], NTMState.unflatten(made[1:end]), Trail(*made[end:]) if keep else None
 
 
 def call_forward(
@@ -71,8 +71,8 @@ def forward(x: SequenceTensors, options: SequenceOptions, keep: bool) -> tuple[T
     inputs = x.inputs.contiguous()
     kept = [tensor.data_ptr() for tensor in trail] if trail else list(NO_TRAIL)
     if not p.takes_ends:
-        gates = trail.x if trail else native.empty(inputs, p.trail["x"])
-        features = trail.features if trail else native.empty(inputs, p.trail["features"])
+        shapes = p.trail["x"], p.trail["features"]
+        gates, features = (trail.x, trail.features) if trail else native.empty(inputs, shapes)
         kept[Trail._fields.index("x")], kept[Trail._fields.index("features")] = gates.data_ptr(), features.data_ptr()
         torch.mm(inputs.view(-1, p.I), weights[0][:, : p.I].t(), out=gates.view(-1, p.G))
     states = addresses_of(initial), addresses_of(final)
@@ -115,11 +115,11 @@ def backward(
     p = plan(x, options, True)
     grad_outputs = grad_outputs.contiguous()
     initial, weights = native_state(x.initial), weights_of(x)
-    grad = NTMState.unflatten([native.empty(x.inputs, shape) for shape in p.final])
+    shapes = [p.trail[name] for name in _Grads._fields]
+    *of_state, grad_params = native.empty(x.inputs, (*p.final, shapes.pop()))
     # A step's gates are not needed once their gradients are known: these may overwrite them.
-    gates = trail.x, trail.upper_x, trail.y
-    grad_x, grad_upper_x, grad_y = gates if spend else [native.empty(x.inputs, tensor.shape) for tensor in gates]
-    left = _Grads(grad_x, grad_upper_x, grad_y, native.empty(x.inputs, trail.params.shape))
+    grad_x, grad_upper_x, grad_y = trail[:3] if spend else native.empty(x.inputs, tuple(shapes))
+    grad, left = NTMState.unflatten(of_state), _Grads(grad_x, grad_upper_x, grad_y, grad_params)
     with native.without_autocast(x.inputs.device.type):
         _call_backward(p, x, initial, weights, final_memory, trail, grad_outputs, grad_final, grad, left)
         if native.why_not(x.inputs.device.type, x.inputs.dtype is torch.float64, "ntm_sequence_weight_gradients"):
@@ -175,11 +175,14 @@ def _weight_gradients(
     """By the native code -> the gradients of the initial state, summed over the batch where it is shared, and of the
     weights."""
     inputs, sums = x.inputs.contiguous(), grad
-    grads = [native.empty(inputs, weight.shape) for weight in weights]
+    shapes: list[tuple[int, ...]] = [weight.shape for weight in weights]
+    if p.shared:
+        shapes += [p.final[0][1:], *[tensor.shape for tensor in x.initial.flatten()[1:]]]
+    made = native.empty(inputs, tuple(shapes))
+    grads = made[: len(weights)]
     places = table(grads)
     if p.shared:
-        shapes = [p.final[0][1:], *[tensor.shape for tensor in x.initial.flatten()[1:]]]
-        sums = NTMState.unflatten([native.empty(inputs, shape) for shape in shapes])
+        sums = NTMState.unflatten(made[len(weights) :])
     addresses = [
         inputs.data_ptr(),
         *addresses_of(initial),

@@ -67,7 +67,7 @@ class Plan(NamedTuple):
     shared: bool  # whether the whole batch has one initial state, without a batch dimension
     values: dict[str, Any]  # sizes and options by their names in the native functions' signatures
     ordered: dict[str, list[Any]]  # these in the order of each native function that was called
-    final: list[Shape]  # of the final state's tensors in a row, in the native layout
+    final: tuple[Shape, ...]  # of the final state's tensors in a row, in the native layout
     trail: dict[str, Shape]  # of the trail's
 
     def scalars(self, operator: str) -> list[Any]:
@@ -96,7 +96,7 @@ def make_plan(
             **spec.native_values(spec.STEP_OPTIONS, options.step),
         },
         ordered={},
-        final=[(B, M, N), (B, R, N), (B, W, N), (B, R, M), *[(L, B, H)] * len(kind.state)],
+        final=((B, M, N), (B, R, N), (B, W, N), (B, R, M), *[(L, B, H)] * len(kind.state)),
         trail=dict(
             x=(T, B, G),
             upper_x=(L - 1, T, B, G),

@@ -78,5 +78,5 @@ def poisoned_operators() -> Iterator[Poison]:
 def poison_sequences(monkeypatch) -> Poison:
     """From now on, what the sequence engine allocates is poisoned."""
     poison = Poison()
-    monkeypatch.setattr(native, "empty", poison.fresh)
+    monkeypatch.setattr(native, "empty", lambda like, shapes: [poison.fresh(like, shape) for shape in shapes])
     return poison
