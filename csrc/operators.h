@@ -140,23 +140,29 @@ struct Operators {
     // [P, H] and bias [P], and the output layer's [O, H + R M] and [O]. keep: leave in the trail what backward needs.
     // CUDA's kernels do not take the ends (core/sequence.h): inputs and outputs are not used; the trail's x holds the
     // inputs' product before the call, and the features are always left, because the caller makes the outputs of them.
+    // order: the lengths of a SequenceOrder (core/sequence/layout.h), or nullptr. Inputs, outputs, trail and their
+    // gradients are in that order. At the steps that an element does not take, outputs and gradients of inputs are 0.
+    // On CUDA, so are features and hidden states, and the gradients in SequenceGrads.
     Error (*ntm_sequence)(Launch, SequenceSizes, StepOptions, int keep,
                           const T* const* weights,
+                          const Index* order,  // [2, B]
                           const T* inputs,  // [T, B, I]
                           T* outputs,       // [T, B, O]
                           SequenceState<const T> initial, SequenceState<T> final,
                           SequenceTrail<T> trail);
     Error (*ntm_sequence_backward)(Launch, SequenceSizes, StepOptions,
-                                   const T* const* weights,
+                                   const T* const* weights, const Index* order,
                                    SequenceState<const T> initial, const T* final_memory,  // [B, M, N]
                                    SequenceTrail<const T> trail,
                                    const T* grad_outputs,  // [T, B, O]; on CUDA the features', [T, B, H + R M]
                                    SequenceState<const T> grad_final, SequenceState<T> grad_initial,
-                                   SequenceGrads<T>);  // x and y may be those of the trail
+                                   SequenceGrads<T>,  // x and y may be those of the trail
+                                   T* grad_inputs);   // [T, B, I], or nullptr where it is not wanted
     // The gradients of the weights, in the order of weights above, from what forward and backward left. The first step
-    // was fed the initial state: if all elements share one, its gradients are summed over the batch too. A backend may
-    // leave this entry out: then PyTorch computes them.
-    Error (*ntm_sequence_weight_gradients)(Launch, SequenceSizes,
+    // was fed the initial state, whose reads and hidden states are in the order of the inputs here. If all elements
+    // share one, its gradients are summed over the batch too. A backend may leave this entry out: then PyTorch
+    // computes them.
+    Error (*ntm_sequence_weight_gradients)(Launch, SequenceSizes, const Index* order,
                                            const T* inputs,  // [T, B, I]
                                            SequenceState<const T> initial, SequenceTrail<const T> trail,
                                            const T* grad_outputs,  // [T, B, O]
@@ -219,11 +225,11 @@ struct NoBody;  // for a whole sequence: every backend has its own function for 
     X(stages, gru_gates, GRUGates, "B H input_gates hidden_gates hidden new_hidden")                                  \
     X(stages, gru_gates_backward, GRUGatesBackward,                                                                   \
       "B H input_gates hidden_gates hidden grad_new_hidden grad_input_gates grad_hidden_gates grad_hidden")           \
-    X(sequence, ntm_sequence, NoBody, "sizes options keep weights inputs outputs initial final trail")                \
+    X(sequence, ntm_sequence, NoBody, "sizes options keep weights order inputs outputs initial final trail")          \
     X(sequence, ntm_sequence_backward, NoBody,                                                                        \
-      "sizes options weights initial final_memory trail grad_outputs grad_final grad_initial grad")                   \
+      "sizes options weights order initial final_memory trail grad_outputs grad_final grad_initial grad grad_inputs") \
     X(sequence, ntm_sequence_weight_gradients, NoBody,                                                                \
-      "sizes inputs initial trail grad_outputs grad grad_initial sum grad_weights")
+      "sizes order inputs initial trail grad_outputs grad grad_initial sum grad_weights")
 
 // Fills a table's entry: a function that builds the operator's body (core/element.h) from the entry's parameters, and
 // lets the backend run it, by Run::run(body, launch).

@@ -258,6 +258,11 @@ LAYERS: dict[str, Callable[[Any, Sequence[Tensor]], Callable[..., tuple[Tensor, 
 }
 
 
+def _unless(over: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``new``, but ``old`` for the sequences (B,) that are over; tensors (B, ...)."""
+    return tuple(torch.where(over.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in zip(new, old))
+
+
 def unroll(
     kernels: Any,
     inputs: Tensor,
@@ -272,31 +277,39 @@ def unroll(
     *,
     controller: str = "lstm",
     records: list | None = None,
+    lengths: Tensor | None = None,
     **options,
 ) -> tuple:
     """:func:`ntm_sequence` up to its output layer, step by step around ``kernels``, which has ``memory_step`` and the
     gates: :mod:`ops` or this module -> features (T, B, H + R M), the last layer's h_t and r_t, and the final state.
-    ``records`` collects each step's read weights, write weights, reads and raw head parameters.
+    ``records`` collects each step's read weights, write weights, reads and raw head parameters. ``lengths`` (B,): a
+    step that a sequence does not take leaves its state, and its features are 0.
     """
     kind = CONTROLLERS[controller]
     layers = [LAYERS[controller](kernels, own) for own in by_layer(weights, len(kind.weights))]
     states = [tuple(tensor[layer] for tensor in state) for layer in range(len(layers))]
     features: list[Tensor] = []
-    for x in inputs.unbind(0):
+    over = None if lengths is None else ended(lengths, len(inputs))
+    if over is not None:
+        inputs = inputs.masked_fill(over.unsqueeze(-1), 0)  # what is not looked at may be NaN
+    for t, x in enumerate(inputs.unbind(0)):
         hidden = torch.cat([x, reads.flatten(1)], 1)
         for layer, step in enumerate(layers):
             hidden, *rest = step(hidden, *states[layer])
-            states[layer] = (hidden, *rest)[: len(state)]
+            new = (hidden, *rest)[: len(state)]
+            states[layer] = new if over is None else _unless(over[t], new, states[layer])
         params = F.linear(hidden, heads_weight, heads_bias)
-        reads, memory, read_weights, write_weights = kernels.memory_step(
-            memory, read_weights, write_weights, params, **options
-        )
+        before = reads, memory, read_weights, write_weights
+        after = kernels.memory_step(*before[1:], params, **options)
+        reads, memory, read_weights, write_weights = after if over is None else _unless(over[t], after, before)
         features += (hidden, reads.flatten(1))
         if records is not None:
             records.append((read_weights, write_weights, reads, params))
     # (B, T (H + R M)), then time first: one copy instead of one per step
     width = hidden.shape[1] + reads.shape[1] * reads.shape[2]
     stacked = torch.cat(features, 1).view(inputs.shape[1], inputs.shape[0], width).transpose(0, 1)
+    if over is not None:
+        stacked = stacked.masked_fill(over.unsqueeze(-1), 0)
     return stacked, memory, read_weights, write_weights, reads, tuple(torch.stack(tensors) for tensors in zip(*states))
 
 
@@ -346,19 +359,20 @@ def ntm_sequence(
         shift_range, read_first, key_activation, add_activation, clip, eps: as in :func:`memory_step`.
         memory_checkpoint: which memories the native backward keeps: ``"all"``, those of every K-th step for a number
             K, or ``"auto"``, chosen by size. It changes no answer.
-        lengths: reserved for sequences of different lengths in a batch.
+        lengths: (B,) integers 0..T, a tensor or a list: so many steps each sequence takes. Its outputs after them are
+            0, its final state is that after its own last step, and its inputs there are not looked at.
 
     Returns:
         outputs (T, B, O); then the final memory, read_weights, write_weights, reads and controller's state, a tuple.
 
     Raises:
-        NotImplementedError: ``lengths`` is not None.
         TypeError, ValueError: from :mod:`ops`, naming the argument whose type, shape, dtype or device is wrong.
     """
-    check_lengths(lengths)
+    steps, batch, _ = inputs.shape
+    lengths = check_lengths(lengths, steps, batch, inputs.device)
     initial = NTMState(memory, read_weights, write_weights, reads, tuple(state))
     if all(x.dim() == 2 for x in initial.flatten()):
-        initial = initial.for_batch(inputs.shape[1])
+        initial = initial.for_batch(batch)
     features, *final = unroll(
         sys.modules[__name__],
         inputs,
@@ -373,11 +387,47 @@ def ntm_sequence(
         add_activation=add_activation,
         clip=clip,
         eps=eps,
+        lengths=lengths,
     )
-    return F.linear(features, output_weight, output_bias), *final
+    return output_layer(features, output_weight, output_bias, lengths), *final
 
 
-def check_lengths(lengths: Tensor | None) -> None:
-    """Raises NotImplementedError unless None."""
-    if lengths is not None:
-        raise NotImplementedError("lengths: sequences of different lengths in a batch are not supported yet")
+def check_lengths(lengths: Any, steps: int, batch: int, device: torch.device) -> Tensor | None:
+    """Lengths as a tensor (B,) on the device; None where all sequences take all steps.
+
+    ``lengths``: integers 0..T, one for each sequence, a tensor on any device or a list. On a device they are not
+    checked, which would wait for it: those beyond 0..T are taken as 0 or T.
+
+    Raises TypeError or ValueError where they are something else.
+    """
+    if lengths is None:
+        return None
+    expected = f"expected {batch} integers from 0 to {steps}, one for each sequence"
+    if not isinstance(lengths, Tensor):
+        whole = isinstance(lengths, Sequence) and not isinstance(lengths, str)
+        if not whole or not all(isinstance(n, int) and not isinstance(n, bool) for n in lengths):
+            raise TypeError(f"lengths: got {lengths!r}, {expected}")
+        lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
+        raise TypeError(f"lengths: got dtype {lengths.dtype}, {expected}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths: got shape {tuple(lengths.shape)}, {expected}")
+    if lengths.is_cpu and not torch.compiler.is_compiling():
+        values = lengths.tolist()
+        for index, value in enumerate(values):
+            if not 0 <= value <= steps:
+                raise ValueError(f"lengths: got {value} for sequence {index}, {expected}")
+        if all(value == steps for value in values):
+            return None
+    return lengths.to(device, torch.int64, non_blocking=True).clamp(0, steps)
+
+
+def ended(lengths: Tensor, steps: int) -> Tensor:
+    """(T, B): whether a sequence does not take that step."""
+    return lengths <= torch.arange(steps, device=lengths.device).unsqueeze(1)
+
+
+def output_layer(features: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """features (T, B, F) -> outputs (T, B, O), 0 at steps that a sequence does not take."""
+    outputs = F.linear(features, weight, bias)
+    return outputs if lengths is None else outputs.masked_fill(ended(lengths, len(features)).unsqueeze(-1), 0)

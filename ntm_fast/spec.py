@@ -307,6 +307,12 @@ class NTMState(NamedTuple):
         """The reverse of :meth:`batched`."""
         return self._by_part(lambda x: x.squeeze(0), lambda x: x.squeeze(1))
 
+    def take(self, order: Tensor) -> NTMState:
+        """The state of the sequences with these indices, in this order."""
+        state = self._replace(memory=self.memory.mT)  # stays location-minor, as the native code wants it
+        state = state._by_part(lambda x: x.index_select(0, order), lambda x: x.index_select(1, order))
+        return state._replace(memory=state.memory.mT)
+
     def _by_part(self, function: Callable[[Tensor], Tensor], of_controller: Callable[[Tensor], Tensor]) -> NTMState:
         """Apply a function to every tensor, those of the controller their own: there the batch is not first."""
         memory, read_weights, write_weights, reads = [function(tensor) for tensor in self[:4]]
@@ -340,6 +346,7 @@ class SequenceTensors(NamedTuple):
     heads_bias: Tensor  # (P,)
     output_weight: Tensor | None = None  # (O, H + R M); None: the features themselves are wanted
     output_bias: Tensor | None = None  # (O,)
+    lengths: Tensor | None = None  # (B,), integers: steps of each sequence; None: all take T. It has no gradient
 
     def arguments(self) -> tuple[Any, ...]:
         """As :func:`ops.ntm_sequence` takes them, grouped; without an output layer, as :func:`reference.unroll`."""
@@ -354,19 +361,22 @@ class SequenceTensors(NamedTuple):
         return cls(inputs, initial, tuple(weights), *layers)
 
     def flatten(self) -> tuple[Tensor, ...]:
-        """All tensors in a row."""
+        """All tensors in a row, but the lengths."""
         row = self.inputs, *self.initial.flatten(), *self.weights, self.heads_weight, self.heads_bias
         if self.output_weight is None or self.output_bias is None:
             return row
         return *row, self.output_weight, self.output_bias
 
     @classmethod
-    def unflatten(cls, row: Sequence[Tensor], controller: str, output: bool = True) -> SequenceTensors:
+    def unflatten(
+        cls, row: Sequence[Tensor], controller: str, lengths: Tensor | None = None, output: bool = True
+    ) -> SequenceTensors:
         """The reverse of :meth:`flatten`. ``output``: whether there is an output layer among them."""
         state_end = 1 + 4 + len(CONTROLLERS[controller].state)
         weights_end = len(row) - (4 if output else 2)
         initial = NTMState.unflatten(row[1:state_end])
-        return cls(row[0], initial, tuple(row[state_end:weights_end]), *row[weights_end:])
+        x = cls(row[0], initial, tuple(row[state_end:weights_end]), *row[weights_end:])
+        return x if lengths is None else x._replace(lengths=lengths)
 
 
 class SequenceOptions(NamedTuple):

@@ -20,6 +20,7 @@ constexpr Size gradient_rows = 128;  // at a time: their gradients stay in the s
 template <class T>
 struct WeightGradients {
     SequenceSizes s;
+    SequenceOrder order;
     const T* inputs;
     SequenceState<const T> initial;
     SequenceTrail<const T> trail;
@@ -75,6 +76,23 @@ private:
         return std::min(outputs, (outputs + lanes<T> - 1) / lanes<T> * share / shares * lanes<T>);
     }
 
+    // Calls f(n, end) for the rows of all steps that elements took, some at a time. What they were fed lies in equal
+    // distances: the first step was fed the initial state, so its rows are apart.
+    template <class F>
+    void each_rows(F f) const {
+        auto parts = [&](Size n, Size end) {
+            for (; n < end; n += gradient_rows) f(n, std::min(end, n + gradient_rows));
+        };
+        const Size whole = order.length(s.B - 1);  // steps that all elements took
+        Index taking = s.B;
+        parts(0, std::min(whole, Size(1)) * s.B);
+        parts(s.B, whole * s.B);
+        for (Size t = whole; t < s.T && taking > 0; ++t) {
+            taking = order.taking(t, 0, taking);
+            parts(t * s.B, t * s.B + taking);
+        }
+    }
+
     struct Target {
         T* grad;  // [outputs, columns]
         Size columns;
@@ -86,10 +104,9 @@ private:
         Size columns = 0;
         for (const Target& target : targets) columns += target.columns;
         std::fill_n(sums, columns * count, T(0));
-        for (Size n = 0, end; n < rows(); n = end) {
-            end = std::min(n < s.B ? s.B : rows(), n + gradient_rows);  // the first step was fed the initial state
+        each_rows([&](Size n, Size end) {
             add_weight_gradient(end - n, count, grad + n * outputs + first, outputs, fed(n), sums);
-        }
+        });
         const T* from = sums;
         for (const Target& target : targets) {
             T* to = target.grad + first * target.columns;
@@ -136,16 +153,17 @@ private:
 };
 
 template <class T>
-Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const T* inputs, SequenceState<const T> initial,
-                                    SequenceTrail<const T> trail, const T* grad_outputs,
-                                    SequenceGrads<const T> grads, SequenceState<const T> grad_initial,
-                                    SequenceState<T> sum, T* const* grad_weights) {
+Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const Index* order, const T* inputs,
+                                    SequenceState<const T> initial, SequenceTrail<const T> trail,
+                                    const T* grad_outputs, SequenceGrads<const T> grads,
+                                    SequenceState<const T> grad_initial, SequenceState<T> sum,
+                                    T* const* grad_weights) {
     if (is_too_large(s, true)) return too_large;
     if (launch.needed) return nullptr;
     const Size shares = launch.threads, cost = s.T * s.B * s.gates() / shares;
     return parallel<T>(shares, cost, WeightGradients<T>::scratch(s, shares), launch, [=](auto, Size share, T* scratch) {
-        WeightGradients<T>{s,   inputs,       initial, trail,  grad_outputs, grads, grad_initial,
-                           sum, grad_weights, share,   shares, scratch}
+        WeightGradients<T>{s,     {order, s.T, s.B}, inputs, initial,      trail, grad_outputs,
+                           grads, grad_initial,        sum,    grad_weights, share, shares,       scratch}
             .all();
     });
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <new>
 
@@ -54,9 +55,12 @@ thread_local typename Scratch<T, Use>::Kept Scratch<T, Use>::kept;
 
 constexpr Error out_of_memory = "ntm_fast: out of memory for the scratch of the CPU kernels";
 
+// How items are dealt out to threads: in shares of equal number, or one after the other to whoever is free.
+enum class Deal { in_equal_shares, in_turn };
+
 // Calls f(team, i, scratch) for every item; cost is the numbers an item touches, scratch those it needs for itself.
 template <class T, class F>
-Error parallel(Size items, Size cost, Size scratch, const Launch& launch, F f) {
+Error parallel(Size items, Size cost, Size scratch, const Launch& launch, F f, Deal deal = Deal::in_equal_shares) {
     if (items == 0) return nullptr;
     const Size threads = std::max<Size>(1, std::min({Size(launch.threads), items, items * cost / grain}));
     const Size piece = Arena<T>::size(scratch);
@@ -65,9 +69,13 @@ Error parallel(Size items, Size cost, Size scratch, const Launch& launch, F f) {
     // One copy of the code, whether one thread runs it or several: in two, the compiler may fuse different products and
     // sums, and the answers would depend on the number of threads.
     T* const all = memory.get();
+    std::atomic<Size> taken{0};
     auto share = [&](Size thread) __attribute__((noinline, noclone)) {
         T* own = all + thread * piece;
-        for (Size i = items * thread / threads; i < items * (thread + 1) / threads; ++i) f(Thread<T>{}, i, own);
+        const bool in_turn = deal == Deal::in_turn;
+        const Size end = in_turn ? items : items * (thread + 1) / threads;
+        Size i = in_turn ? taken++ : items * thread / threads;
+        for (; i < end; i = in_turn ? taken++ : i + 1) f(Thread<T>{}, i, own);
     };
     if (threads == 1) {
         share(0);

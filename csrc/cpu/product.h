@@ -189,11 +189,13 @@ NTM_FN void row_blocks(Size n, F&& f) {
     };
     if constexpr (register_bytes == 64) blocks(std::integral_constant<int, 8>{});
     blocks(std::integral_constant<int, 4>{});
+    blocks(std::integral_constant<int, 3>{});
+    blocks(std::integral_constant<int, 2>{});
     blocks(std::integral_constant<int, 1>{});
 }
 
-// out[e, c] += sum_k in[e, k] weight[k, c]. A single row takes 4 panels at a time, so that no addition waits for the
-// one before it; then one panel at a time, and at the end only the vectors that have columns.
+// out[e, c] += sum_k in[e, k] weight[k, c]. A single row takes 4 panels at a time and two rows take 2, so that no
+// addition waits for the one before it; then one panel at a time, and at the end only the vectors that have columns.
 template <class T>
 inline void product(Size E, Size K, Size C, const T* in, const T* packed, T* out) {
     row_blocks(E, [&](auto rows, Size e) NTM_INLINE {
@@ -211,6 +213,7 @@ inline void product(Size E, Size K, Size C, const T* in, const T* packed, T* out
         };
         constexpr int V = panel_vectors;
         if constexpr (rows == 1) blocks(std::integral_constant<int, 4 * V>{}, 3 * V);
+        if constexpr (rows == 2) blocks(std::integral_constant<int, 2 * V>{}, V);
         unroll<V>([&](auto less) NTM_INLINE { blocks(std::integral_constant<int, V - less>{}, V - less - 1); });
     });
 }

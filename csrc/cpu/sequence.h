@@ -47,51 +47,54 @@ struct ThreadCrew {
         for (Index e = 0; e < E; ++e) f(Thread<T>{}, e, Index(0));
     }
 };
-constexpr SequenceStaging in_place = {false, true, false, 1};
+constexpr SequenceStaging staging(bool ordered) { return {false, true, ordered, false, 1}; }
 
 // Calls f(crew, first, count) for tiles of the batch, of at most `most` elements and nearly the same size, the same
-// number of tiles for every thread.
+// number of tiles for every thread. Where there is an order, the longest come first: a thread that is done takes the
+// next tile, so that all end at about the same time.
 template <class T, class F>
-Error sequence_tiles(const SequenceSizes& s, Size most, Size scratch, const Launch& launch, F f) {
+Error sequence_tiles(const SequenceSizes& s, const Index* order, Size most, Size scratch, const Launch& launch, F f) {
     if (s.B == 0) return nullptr;
     const Size threads = std::min<Size>(launch.threads, s.B);
     const Size per_thread = (s.B + threads - 1) / threads;
     const Size tiles = std::min(s.B, threads * ((per_thread + most - 1) / most));
-    return parallel<T>(tiles, grain, scratch, launch, [=](auto, Size i, T* own) {
+    auto tile = [=](auto, Size i, T* own) {
         const Size first = s.B * i / tiles, end = s.B * (i + 1) / tiles;
         f(ThreadCrew<T>{own}, first, end - first);
-    });
+    };
+    return parallel<T>(tiles, grain, scratch, launch, tile, order ? Deal::in_turn : Deal::in_equal_shares);
 }
 
 template <class T>
 Error ntm_sequence(Launch launch, SequenceSizes s, StepOptions o, int keep, const T* const* weights,
-                   const T* inputs, T* outputs, SequenceState<const T> initial, SequenceState<T> final,
-                   SequenceTrail<T> trail) {
+                   const Index* order, const T* inputs, T* outputs, SequenceState<const T> initial,
+                   SequenceState<T> final, SequenceTrail<T> trail) {
     if (is_too_large(s, false)) return too_large;
     if (launch.needed) return nullptr;
-    const PackedSequence<T> packed(s, weights, false);
+    const PackedSequence<T> packed(s, weights, false, false);
     if (!packed.storage.get()) return out_of_memory;
     const Size E = std::min(s.B, sequence_tile<T>(s, forward_memories));
-    const Size scratch = SequenceFrame<T>::scratch(s, E, keep != 0, in_place);
-    return sequence_tiles<T>(s, E, scratch, launch, [&](auto crew, Size first, Size count) {
-        sequence(crew, s, o, first, count, keep != 0, packed.weights, inputs, outputs, initial, final, trail);
+    const Size scratch = SequenceFrame<T>::scratch(s, E, keep != 0, staging(order));
+    return sequence_tiles<T>(s, order, E, scratch, launch, [&](auto crew, Size first, Size count) {
+        sequence(crew, s, o, first, count, order, keep != 0, packed.weights, inputs, outputs, initial, final, trail);
     });
 }
 
 template <class T>
 Error ntm_sequence_backward(Launch launch, SequenceSizes s, StepOptions o, const T* const* weights,
-                            SequenceState<const T> initial, const T* final_memory, SequenceTrail<const T> trail,
-                            const T* grad_outputs, SequenceState<const T> grad_final, SequenceState<T> grad,
-                            SequenceGrads<T> out) {
+                            const Index* order, SequenceState<const T> initial, const T* final_memory,
+                            SequenceTrail<const T> trail, const T* grad_outputs, SequenceState<const T> grad_final,
+                            SequenceState<T> grad, SequenceGrads<T> out, T* grad_inputs) {
     if (is_too_large(s, true)) return too_large;
     if (launch.needed) return nullptr;
-    const PackedSequence<T> packed(s, weights, true);
+    const PackedSequence<T> packed(s, weights, true, grad_inputs);
     if (!packed.storage.get()) return out_of_memory;
     const Size E = std::min(s.B, sequence_tile<T>(s, backward_memories));
-    const Size scratch = SequenceBackwardFrame<T>::scratch(s, E, in_place);
-    return sequence_tiles<T>(s, E, scratch + sequence_segment(s, E), launch, [&](auto crew, Size first, Size count) {
-        sequence_backward(crew, s, o, first, count, packed.weights, initial, final_memory, trail, grad_outputs,
-                          grad_final, grad, out, crew.scratch() + scratch);
+    const Size scratch = SequenceBackwardFrame<T>::scratch(s, E, staging(order));
+    const Size all_scratch = scratch + sequence_segment(s, E);
+    return sequence_tiles<T>(s, order, E, all_scratch, launch, [&](auto crew, Size first, Size count) {
+        sequence_backward(crew, s, o, first, count, order, packed.weights, initial, final_memory, trail, grad_outputs,
+                          grad_final, grad, out, grad_inputs, crew.scratch() + scratch);
     });
 }
 

@@ -28,9 +28,10 @@ struct PackedSequence {
     static Size size(Size inputs, Size outputs, bool backward) {
         return backward ? packed_size<T>(outputs, inputs) : packed_size<T>(inputs, outputs);
     }
-    static Size size(const SequenceSizes& s, bool backward) {
+    static Size size(const SequenceSizes& s, bool backward, bool to_inputs) {
         const Size G = s.gates();
-        Size total = room(size(s.H, s.step.params(), backward), size(s.features(), s.O, backward));
+        Size total = room(size(s.H, s.step.params(), backward), size(s.features(), s.O, backward),
+                          to_inputs ? size(s.I, G, backward) : 0);
         for (Size l = 0; l < s.L; ++l) {
             const Size fed = (backward || l ? 0 : s.I) + s.fed(l);
             total += s.products() == 2 ? room(size(fed, G, backward), size(s.H, G, backward))
@@ -39,7 +40,9 @@ struct PackedSequence {
         return total;
     }
 
-    PackedSequence(const SequenceSizes& s, const T* const* raw, bool backward) : storage(size(s, backward)) {
+    // to_inputs: backward, for the gradient of the inputs too.
+    PackedSequence(const SequenceSizes& s, const T* const* raw, bool backward, bool to_inputs)
+        : storage(size(s, backward, to_inputs)) {
         if (!storage.get()) return;
         const Size G = s.gates(), P = s.step.params();
         Arena<T> arena{storage.get()};
@@ -59,6 +62,8 @@ struct PackedSequence {
             if (backward) pad(outputs, inputs, packed);
             return {packed, stored};
         };
+        SequenceWeight<T> inputs{};
+        if (to_inputs) inputs = take(G, {raw[0], s.I + s.read_size(), s.I});
         for (Size l = 0; l < s.L; ++l, raw += 4) {
             const Size I = l ? 0 : s.I, skipped = backward ? I : 0;
             const Columns<T> fed = {raw[0] + skipped, I + s.fed(l), I - skipped + s.fed(l)};
@@ -73,7 +78,8 @@ struct PackedSequence {
             }
         }
         const SequenceWeight<T> heads = take(P, {raw[0], s.H, s.H});
-        weights = {layers.data(), heads, raw[1], take(s.O, {raw[2], s.features(), s.features()}), raw[3]};
+        weights = {layers.data(), heads, raw[1], take(s.O, {raw[2], s.features(), s.features()}), raw[3],
+                   inputs};
     }
 };
 

@@ -116,7 +116,7 @@ constexpr SequencePlan sequence_tile(const SequenceSizes& s, bool backward, Size
     const int threads = sequence_threads(real);
     int group = threads / elements;
     while (group > warp_size && group / 2 >= s.step.N) group /= 2;
-    const SequenceStaging staging = {true, false, holds, elements};
+    const SequenceStaging staging = {true, false, true, holds, elements};
     const Size scratch = backward ? SequenceBackwardFrame<char>::scratch(s, elements, staging)
                                   : SequenceFrame<char>::scratch(s, elements, true, staging);
     return {elements, group, threads, holds, (s.B + elements - 1) / elements,

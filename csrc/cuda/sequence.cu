@@ -51,6 +51,7 @@ struct SequenceForward {
     SequenceSizes s;
     StepOptions o;
     int keep;
+    const Index* order;
     SequenceState<const T> initial;
     SequenceState<T> final;
     SequenceTrail<T> trail;
@@ -59,7 +60,7 @@ struct SequenceForward {
     NTM_FN void operator()(const Crew& crew, Size first, Size E, const SequenceWeights<T>& w, T*) const {
         const T* const inputs = nullptr;
         T* const outputs = nullptr;
-        sequence(crew, s, o, first, E, keep, w, inputs, outputs, initial, final, trail);
+        sequence(crew, s, o, first, E, order, keep, w, inputs, outputs, initial, final, trail);
     }
 };
 
@@ -70,6 +71,7 @@ struct SequenceBackward {
     static constexpr bool backward = true;
     SequenceSizes s;
     StepOptions o;
+    const Index* order;
     SequenceState<const T> initial;
     const T* final_memory;
     SequenceTrail<const T> trail;
@@ -80,8 +82,9 @@ struct SequenceBackward {
 
     template <class Crew>
     NTM_FN void operator()(const Crew& crew, Size first, Size E, const SequenceWeights<T>& w, T* segments) const {
-        sequence_backward(crew, s, o, first, E, w, initial, final_memory, trail, grad_features, grad_final, grad, out,
-                          segments + first * sequence_segment(s, 1));
+        T* const grad_inputs = nullptr;
+        sequence_backward(crew, s, o, first, E, order, w, initial, final_memory, trail, grad_features, grad_final,
+                          grad, out, grad_inputs, segments + first * sequence_segment(s, 1));
     }
 };
 
@@ -153,7 +156,7 @@ public:
         PackedLayer<T> heads{};
         heads.first = take({{raw[0], s.H, s.H}, {}, P});
         jobs.push_back(heads);
-        weights = {table, heads.first.to, raw[1], nullptr, nullptr};
+        weights = {table, heads.first.to, raw[1], nullptr, nullptr, nullptr};
         end = arena.next;
     }
 
@@ -211,17 +214,19 @@ Error through_time(const Launch& launch, const Body& body, const T* const* raw) 
 
 template <class T>
 void serve_sequence(Operators<T>& table) {
-    table.ntm_sequence = [](Launch launch, SequenceSizes s, StepOptions o, int keep, const T* const* weights, const T*,
-                            T*, SequenceState<const T> initial, SequenceState<T> final, SequenceTrail<T> trail) {
-        return through_time(launch, SequenceForward<T>{s, o, keep, initial, final, trail}, weights);
+    table.ntm_sequence = [](Launch launch, SequenceSizes s, StepOptions o, int keep, const T* const* weights,
+                            const Index* order, const T*, T*, SequenceState<const T> initial, SequenceState<T> final,
+                            SequenceTrail<T> trail) {
+        return through_time(launch, SequenceForward<T>{s, o, keep, order, initial, final, trail}, weights);
     };
     table.ntm_sequence_backward = [](Launch launch, SequenceSizes s, StepOptions o, const T* const* weights,
-                                     SequenceState<const T> initial, const T* final_memory,
+                                     const Index* order, SequenceState<const T> initial, const T* final_memory,
                                      SequenceTrail<const T> trail, const T* grad_features,
-                                     SequenceState<const T> grad_final, SequenceState<T> grad, SequenceGrads<T> out) {
-        return through_time(
-            launch, SequenceBackward<T>{s, o, initial, final_memory, trail, grad_features, grad_final, grad, out},
-            weights);
+                                     SequenceState<const T> grad_final, SequenceState<T> grad, SequenceGrads<T> out,
+                                     T*) {
+        const SequenceBackward<T> body{s,     o,             order,    initial, final_memory,
+                                       trail, grad_features, grad_final, grad,    out};
+        return through_time(launch, body, weights);
     };
 }
 

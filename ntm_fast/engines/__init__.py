@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -25,10 +24,12 @@ def run(
     if choice.engine == "sequence" and records is None:
         return sequence.run(x, options)
     weight, bias = x.output_weight, x.output_bias
-    assert weight is not None
+    assert weight is not None and bias is not None
     without = x._replace(output_weight=None, output_bias=None)
     if choice.engine == "reference":
-        features, *state = reference.unroll(reference, *without.arguments(), **options.keywords(), records=records)
-        return F.linear(features, weight, bias), NTMState(*state)
-    features, final = step.run(without, options, records)
-    return F.linear(features, weight, bias), final
+        own = {**options.keywords(), "records": records, "lengths": x.lengths}
+        features, *state = reference.unroll(reference, *without.arguments(), **own)
+        final = NTMState(*state)
+    else:
+        features, final = step.run(without, options, records)
+    return reference.output_layer(features, weight, bias, x.lengths), final

@@ -28,7 +28,7 @@ def run(x: SequenceTensors, options: SequenceOptions) -> tuple[Tensor, NTMState]
         if len(dtypes) > 1:
             names = ", ".join(sorted(map(str, dtypes)))
             raise TypeError(f"inputs, state and weights: got {names}, expected dtypes that autocast brings together")
-        outputs, state = checked_sequence(SequenceTensors.unflatten(row, options.controller), options)
+        outputs, state = checked_sequence(SequenceTensors.unflatten(row, options.controller, x.lengths), options)
     if outputs.dtype is torch.float32:  # the dtype that the other engines' output layer gives
         outputs = outputs.to(torch.get_autocast_dtype(kind))
     return outputs, state
@@ -50,7 +50,7 @@ class Repeated(NamedTuple):
         first, last = 1, 1 + self.state
         initial, final = state_addresses(addresses[first:last]), state_addresses(places[1:])
         weights = table_of(addresses[last:])
-        call_forward(self.scalars, inputs, weights, addresses[0], places[0], initial, final, NO_TRAIL)
+        call_forward(self.scalars, inputs, weights, 0, addresses[0], places[0], initial, final, NO_TRAIL)
         return results[0], NTMState.unflatten(results[1:])
 
 

@@ -381,9 +381,10 @@ def run(x: SequenceTensors, options: SequenceOptions, records: list | None = Non
 
     ``records``: as in :func:`reference.unroll`.
     """
-    whole = options.controller in _LAYERS and in_one_node(x.inputs.device.type)
+    whole = options.controller in _LAYERS and in_one_node(x.inputs.device.type) and x.lengths is None
     if records is not None or x.inputs.shape[1] == 0 or not whole:
-        features, *final = reference.unroll(ops, *x.arguments(), **options.keywords(), records=records)
+        own = {**options.keywords(), "records": records, "lengths": x.lengths}
+        features, *final = reference.unroll(ops, *x.arguments(), **own)
         return features, NTMState(*final)
     row = x.flatten()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in row):

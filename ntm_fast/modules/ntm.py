@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Sequence, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .. import engines, native, reference
 from ..engines import sequence
@@ -119,11 +120,14 @@ class _NTM(nn.Module):
 
         check_tensors(weights, shapes, weights[-4], name)
 
-    def _forward(self, inputs: Tensor, state: NTMState | None, records: list | None = None) -> tuple[Tensor, NTMState]:
+    def _forward(
+        self, inputs: Tensor, state: NTMState | None, records: list | None = None, lengths: Any = None
+    ) -> tuple[Tensor, NTMState]:
         """Check, run and shape as the inputs are. ``records`` collects what a trace shows."""
         weights = self._weights()
         key = None  # under which to remember the call
-        if type(state) is NTMState and type(state.controller) is tuple and records is None and self._may_repeat():
+        plain = records is None and lengths is None
+        if plain and type(state) is NTMState and type(state.controller) is tuple and self._may_repeat():
             # What is checked and chosen depends on the configuration and on how tensors lie. Where these have been met
             # before, only the computing is left, which is little of a streamed step.
             found = native.layouts((inputs, *state[:4], *state.controller, *weights))
@@ -137,6 +141,10 @@ class _NTM(nn.Module):
                     key = None
         weight, config = weights[-4], self.ntm_config
         inputs, batched = self._enter(inputs, weight)
+        if lengths is not None:
+            if not batched:
+                raise ValueError("lengths: got lengths for an unbatched sequence, which takes all its steps")
+            lengths = reference.check_lengths(lengths, inputs.shape[0], inputs.shape[1], inputs.device)
         self._check_weights(weights)
         if state is not None:
             check_state(config, state, tuple(inputs.shape[1:2]) if batched else (), weight)
@@ -144,7 +152,8 @@ class _NTM(nn.Module):
         choice = engines.choose_engine(config, weight.device, weight.dtype)
         if state is None:
             state = self._first_state(inputs.shape[1], weight, shared=choice.engine == "sequence" and records is None)
-        x, options = SequenceTensors(inputs, state, tuple(weights[:-4]), *weights[-4:]), config.sequence_options()
+        x = SequenceTensors(inputs, state, tuple(weights[:-4]), *weights[-4:])._replace(lengths=lengths)
+        options = config.sequence_options()
         results = self._leave(*engines.run(choice, x, options, records), batched)
         if key is not None and choice.engine == "sequence":
             sequence.remember(key, x, options, *results)
@@ -287,25 +296,70 @@ class FastNTM(_NTM):
         super().__init__(config, device, dtype)
 
     def forward(
-        self, inputs: Tensor, state: NTMState | None = None, *, lengths: Tensor | None = None
-    ) -> tuple[Tensor, NTMState]:
+        self,
+        inputs: Tensor | PackedSequence,
+        state: NTMState | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Any, NTMState]:
         """Run over ``inputs`` from ``state`` (by default :meth:`initial_state`) -> outputs, final state.
+
+        Sequences of different lengths share a batch with ``lengths`` (B,), integers 0..T, a tensor or a list: at the
+        steps after its own last one a sequence's outputs are 0, its inputs are not looked at, and its state stays. Or
+        ``inputs`` is a ``PackedSequence``: then the outputs are one too, and states are in the order of the sequences
+        before packing, as ``nn.LSTM`` has it. Time goes with the sum of the lengths.
+
+        Lengths on a CPU are checked. Lengths on a GPU are read there: those beyond 0..T are taken as 0 or T.
 
         Raises ValueError or TypeError naming the argument whose shape, dtype or device is wrong.
         """
-        reference.check_lengths(lengths)
-        return self._forward(inputs, state)
+        if isinstance(inputs, PackedSequence):
+            return self._packed(inputs, state, lengths)
+        return self._forward(inputs, state, lengths=lengths)
+
+    def _packed(self, inputs: PackedSequence, state: NTMState | None, lengths: Any) -> tuple[PackedSequence, NTMState]:
+        if lengths is not None:
+            raise ValueError("lengths: got lengths for a PackedSequence, which has its own")
+        data, batch_sizes, order, back = inputs
+        if data.dim() != 2:
+            raise ValueError(f"inputs: got a PackedSequence of shape {tuple(data.shape)}, expected (steps, features)")
+        first = self.ntm_config.batch_first
+        padded, own = pad_packed_sequence(PackedSequence(data, batch_sizes), batch_first=first)  # the longest first
+        if state is not None and order is not None:
+            batch = (len(own),)
+            check_state(self.ntm_config, state, batch, self._weights()[-4])
+            state = state.take(order)
+        outputs, final = self._forward(padded, state, lengths=own)
+        packed = pack_padded_sequence(outputs, own, batch_first=first)
+        return PackedSequence(packed.data, batch_sizes, order, back), final if back is None else final.take(back)
 
     if TYPE_CHECKING:  # nn.Module says nothing of what a call returns
 
+        @overload
         def __call__(
-            self, inputs: Tensor, state: NTMState | None = None, *, lengths: Tensor | None = None
+            self, inputs: Tensor, state: NTMState | None = None, *, lengths: Tensor | Sequence[int] | None = None
         ) -> tuple[Tensor, NTMState]: ...
 
-    def trace(self, inputs: Tensor, state: NTMState | None = None) -> tuple[Tensor, NTMTrace]:
-        """Run as :meth:`forward` does and show every head at every step -> outputs, trace (time first)."""
+        @overload
+        def __call__(
+            self, inputs: PackedSequence, state: NTMState | None = None
+        ) -> tuple[PackedSequence, NTMState]: ...
+
+        def __call__(self, inputs: Any, state: Any = None, *, lengths: Any = None) -> Any: ...
+
+    def trace(
+        self,
+        inputs: Tensor,
+        state: NTMState | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Tensor, NTMTrace]:
+        """Run as :meth:`forward` does and show every head at every step -> outputs, trace (time first).
+
+        With ``lengths``, what the trace shows of a step that a sequence does not take is 0.
+        """
         records: list = []
-        outputs, _ = self._forward(inputs, state, records)
+        outputs, _ = self._forward(inputs, state, records, lengths)
         read_weights, write_weights, reads, params = (torch.stack(x) for x in zip(*records))
         parameters = reference.head_parameters(
             params,
@@ -318,7 +372,13 @@ class FastNTM(_NTM):
             clip=self.clip,
         )
         trace = NTMTrace(read_weights, write_weights, reads, *parameters)
-        return outputs, trace if inputs.dim() == 3 else NTMTrace(*(t.squeeze(1) for t in trace))
+        if inputs.dim() == 2:
+            return outputs, NTMTrace(*(t.squeeze(1) for t in trace))
+        lengths = reference.check_lengths(lengths, params.shape[0], params.shape[1], params.device)
+        if lengths is not None:
+            over = reference.ended(lengths, len(params))
+            trace = NTMTrace(*(t.masked_fill(over.view(*over.shape, *[1] * (t.dim() - 2)), 0) for t in trace))
+        return outputs, trace
 
     def _enter(self, inputs: Tensor, weight: Tensor) -> tuple[Tensor, bool]:
         """Check inputs and shape them (T, B, I); whether they are batched."""

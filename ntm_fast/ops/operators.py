@@ -228,16 +228,14 @@ def ntm_sequence(
     memory_checkpoint: str | int = "auto",
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    reference.check_lengths(lengths)
     for name, tensor in (("output_weight", output_weight), ("output_bias", output_bias)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"ntm_sequence: {name} must be a Tensor, got {type(tensor).__name__}")
     initial = NTMState(memory, read_weights, write_weights, reads, tuple(state))
     layers = heads_weight, heads_bias, output_weight, output_bias
     step = shift_range, read_first, key_activation, add_activation, clip, eps
-    outputs, final = call_sequence(
-        SequenceTensors(inputs, initial, tuple(weights), *layers), controller, step, memory_checkpoint
-    )
+    x = SequenceTensors(inputs, initial, tuple(weights), *layers, lengths)
+    outputs, final = call_sequence(x, controller, step, memory_checkpoint)
     return outputs, final.memory, final.read_weights, final.write_weights, final.reads, final.controller
 
 

@@ -20,7 +20,7 @@ from .serving import call, left_alone, serve, watched, why_not_native
 # --- torch.ops.ntm_fast.ntm_sequence ----------------------------------------------------------------------------------
 
 
-_OPTIONS = len(STEP_OPTIONS) + 2  # in a row: controller, step options, memory_checkpoint
+_OPTIONS = len(STEP_OPTIONS) + 2  # in a row: controller, step options, memory_checkpoint. The lengths follow.
 
 
 def _kernel(*args: Any) -> tuple:
@@ -34,7 +34,9 @@ def _fake(*args: Any) -> tuple:
 
 
 def _parse(args: Sequence[Any]) -> tuple[SequenceTensors, SequenceOptions]:
-    return SequenceTensors.from_arguments(args[:-_OPTIONS]), SequenceOptions.unflatten(args[-_OPTIONS:])
+    *args, lengths = args
+    x = SequenceTensors.from_arguments(args[:-_OPTIONS])._replace(lengths=lengths)
+    return x, SequenceOptions.unflatten(args[-_OPTIONS:])
 
 
 def _listed(outputs: Tensor, final: NTMState, trail: Trail | None) -> tuple:
@@ -44,8 +46,8 @@ def _listed(outputs: Tensor, final: NTMState, trail: Trail | None) -> tuple:
 def _backward_arguments(args: Sequence[Any]) -> tuple:
     """The arguments of the registered backward as those of :func:`kernels.backward`."""
     *args, needs_inputs = args
-    *tensors, final_memory, trail, grad_outputs, grad_final = args[:-_OPTIONS]
-    x, options = SequenceTensors.from_arguments(tensors), SequenceOptions.unflatten(args[-_OPTIONS:])
+    *tensors, final_memory, trail, grad_outputs, grad_final = args[: -_OPTIONS - 1]
+    x, options = _parse([*tensors, *args[-_OPTIONS - 1 :]])
     grads = NTMState.unflatten(grad_final) if grad_final else None
     return x, options, final_memory, Trail(*trail), grad_outputs, grads, needs_inputs
 
@@ -64,7 +66,7 @@ def _backward_fake(*args: Any) -> list[Tensor]:
 def _define() -> None:
     tensors = "Tensor inputs, Tensor memory, Tensor read_weights, Tensor write_weights, Tensor reads, Tensor[] state"
     tensors += ", Tensor[] weights, Tensor heads_weight, Tensor heads_bias, Tensor output_weight, Tensor output_bias"
-    options = f", str controller{schema(STEP_OPTIONS)}, int memory_checkpoint"
+    options = f", str controller{schema(STEP_OPTIONS)}, int memory_checkpoint, Tensor? lengths"
     results = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[]"
     register("ntm_sequence", f"({tensors}{options}, bool keep) -> ({results})", _kernel, _fake)
     given = f"({tensors}, Tensor new_memory, Tensor[] trail, Tensor grad_outputs, Tensor[] grad_final{options}"
@@ -74,11 +76,12 @@ def _define() -> None:
 _define()
 
 
-# --- autograd: tensors and options in a row, outputs and final state in a row -----------------------------------------
+# --- autograd: tensors, options and lengths in a row, outputs and final state in a row --------------------------------
 
 
-def _split(args: Sequence[Any]) -> tuple[tuple[Tensor, ...], SequenceOptions]:
-    return tuple(args[:-_OPTIONS]), SequenceOptions.unflatten(args[-_OPTIONS:])
+def _split(args: Sequence[Any]) -> tuple[tuple[Tensor, ...], SequenceOptions, Tensor | None]:
+    *args, lengths = args
+    return tuple(args[:-_OPTIONS]), SequenceOptions.unflatten(args[-_OPTIONS:]), lengths
 
 
 def _twin(*row: Tensor, **options: Any) -> tuple[Tensor, ...]:
@@ -89,11 +92,11 @@ def _twin(*row: Tensor, **options: Any) -> tuple[Tensor, ...]:
 
 
 def _run(
-    row: Sequence[Tensor], options: SequenceOptions, keep: bool
+    row: Sequence[Tensor], options: SequenceOptions, lengths: Tensor | None, keep: bool
 ) -> tuple[tuple[Tensor, ...], Trail | None]:
-    x = SequenceTensors.unflatten(row, options.controller)
+    x = SequenceTensors.unflatten(row, options.controller, lengths)
     if watched(row):
-        found = torch.ops.ntm_fast.ntm_sequence.default(*x.arguments(), *options.flatten(), keep)
+        found = torch.ops.ntm_fast.ntm_sequence.default(*x.arguments(), *options.flatten(), lengths, keep)
         outputs, *final, controller, trail = found
         return (outputs, *final, *controller), Trail(*trail) if keep else None
     outputs, state, left = kernels.forward(x, options, keep)
@@ -103,8 +106,8 @@ def _run(
 class _NTMSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        row, ctx.options = _split(args)
-        outputs, trail = _run(row, ctx.options, keep=True)
+        row, ctx.options, ctx.lengths = _split(args)
+        outputs, trail = _run(row, ctx.options, ctx.lengths, keep=True)
         assert trail is not None
         ctx.save_for_backward(outputs[1], *trail, *row)
         ctx.set_materialize_grads(False)  # autograd's zero gradients would have another layout than the memory
@@ -112,13 +115,14 @@ class _NTMSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        saved, options = ctx.saved_tensors, ctx.options
+        saved, options, lengths = ctx.saved_tensors, ctx.options, ctx.lengths
         memory, trail = saved[0], Trail(*saved[1 : 1 + len(Trail._fields)])
         row = saved[1 + len(Trail._fields) :]
-        nones = (None,) * len(options.flatten())
+        nones = (None,) * (_OPTIONS + 1)
         if torch.is_grad_enabled():
-            return (*grads_through(functools.partial(_twin, **options.keywords()), row, grads), *nones)
-        x = SequenceTensors.unflatten(row, options.controller)
+            twin = functools.partial(_twin, **options.keywords(), lengths=lengths)
+            return (*grads_through(twin, row, grads), *nones)
+        x = SequenceTensors.unflatten(row, options.controller, lengths)
         grad_outputs, *rest = grads
         if grad_outputs is None:
             grad_outputs = x.inputs.new_zeros(*x.inputs.shape[:2], row[-1].shape[0])
@@ -126,7 +130,9 @@ class _NTMSequence(torch.autograd.Function):
         needs_inputs = ctx.needs_input_grad[0]
         if watched(row):
             given = *x.arguments(), memory, list(trail), grad_outputs, list(grad_final.flatten() if grad_final else ())
-            found = torch.ops.ntm_fast.ntm_sequence_backward.default(*given, *options.flatten(), needs_inputs)
+            found = torch.ops.ntm_fast.ntm_sequence_backward.default(
+                *given, *options.flatten(), lengths, needs_inputs
+            )
             of_inputs, found = (found[-1], found[:-1]) if needs_inputs else (None, found)
         else:  # the trail may be overwritten, unless another backward may follow
             given = x, options, memory, trail, grad_outputs, grad_final, needs_inputs
@@ -220,12 +226,18 @@ def call_sequence(
     shared = all(isinstance(own, Tensor) and own.dim() == 2 for own in row)
     describe = _contract if torch.compiler.is_compiling() else _cached_contract
     contract = describe(controller, len(x.initial.controller), len(x.weights), shared)
-    outputs, *final = call(contract, _SERVED, x.flatten(), _by_name(options), why_not)
+    if x.lengths is not None and isinstance(x.inputs, Tensor) and x.inputs.dim() == 3:  # else the inputs are refused
+        steps, batch, _ = x.inputs.shape
+        try:
+            x = x._replace(lengths=reference.check_lengths(x.lengths, steps, batch, x.inputs.device))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"ntm_sequence: {error}") from None
+    outputs, *final = call(contract, _SERVED, x.flatten(), _by_name(options, x.lengths), why_not)
     return outputs, NTMState.unflatten(final)
 
 
-def _by_name(options: SequenceOptions) -> dict[str, Any]:
-    return {**options.keywords(), "memory_checkpoint": options.memory_checkpoint}
+def _by_name(options: SequenceOptions, lengths: Tensor | None) -> dict[str, Any]:
+    return {**options.keywords(), "memory_checkpoint": options.memory_checkpoint, "lengths": lengths}
 
 
 def _config(x: SequenceTensors, options: SequenceOptions) -> NTMConfig:
@@ -249,5 +261,5 @@ def checked_sequence(x: SequenceTensors, options: SequenceOptions) -> tuple[Tens
     if left_alone(row):
         outputs, state, _ = kernels.forward(x, options, False)
         return outputs, state
-    outputs, *final = serve(_SERVED, row, _by_name(options))
+    outputs, *final = serve(_SERVED, row, _by_name(options, x.lengths))
     return outputs, NTMState.unflatten(final)

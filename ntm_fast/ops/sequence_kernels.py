@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import native, reference
 from ..spec import NTMState, SequenceOptions, SequenceTensors
 from .sequence_plan import NO_STATE, Plan, Trail, addresses_of, contiguous, make_plan, native_state, plan
 
@@ -48,6 +48,7 @@ def call_forward(
     scalars: list[Any],
     like: Tensor,
     weights: array,
+    order: int,
     inputs: int,
     outputs: int,
     initial: list[int],
@@ -55,8 +56,47 @@ def call_forward(
     trail: Sequence[int],
 ) -> None:
     """The native forward; tensors are given by address. ``weights``: a :func:`table`."""
-    addresses = weights.buffer_info()[0], inputs, outputs, *initial, *final, *trail
+    addresses = weights.buffer_info()[0], order, inputs, outputs, *initial, *final, *trail
     native.call("ntm_sequence", like, scalars, addresses)
+
+
+class Order(NamedTuple):
+    """The order in which the native code takes sequences: the longest first. SequenceOrder in csrc/core."""
+
+    lengths: Tensor  # (B,) of each sequence, in this order
+    numbers: Tensor  # (B,) which sequence of the batch it is
+    back: Tensor  # (B,) the place of each sequence of the batch in this order
+    native: Tensor  # (2, B), int32: the first two
+
+    def sort(self, tensor: Tensor, clear: bool) -> Tensor:
+        """A tensor (T, B, ...) of the batch in this order. ``clear``: where what multiplies it takes all steps."""
+        tensor = tensor.index_select(1, self.numbers)
+        return self.clear(tensor) if clear else tensor
+
+    def clear(self, tensor: Tensor) -> Tensor:
+        """Set a tensor (T, B, ...) in this order to 0 at the steps that a sequence does not take."""
+        return tensor.masked_fill_(reference.ended(self.lengths, len(tensor)).unsqueeze(-1), 0)
+
+    def unsort(self, tensor: Tensor) -> Tensor:
+        """A tensor (T, B, ...) in this order as one of the batch."""
+        return tensor.index_select(1, self.back)
+
+    def sort_fed(self, state: NTMState) -> NTMState:
+        """What the first step is fed of the states of a batch, in this order."""
+        controller = tuple([x.index_select(1, self.numbers) for x in state.controller])
+        return state._replace(reads=state.reads.index_select(0, self.numbers), controller=controller)
+
+
+def order_of(x: SequenceTensors) -> Order | None:
+    """The order of the sequences; None where no lengths are given."""
+    if x.lengths is None:
+        return None
+    lengths, numbers = x.lengths.sort(descending=True, stable=True)
+    return Order(lengths, numbers, numbers.argsort(), torch.stack([lengths, numbers]).int())
+
+
+def _address(order: Order | None) -> int:
+    return 0 if order is None else order.native.data_ptr()
 
 
 NO_TRAIL = [0] * len(Trail._fields)
@@ -68,7 +108,8 @@ def forward(x: SequenceTensors, options: SequenceOptions, keep: bool) -> tuple[T
     initial, weights = native_state(x.initial), weights_of(x)
     places = table(weights)
     outputs, final, trail = allocate(p, x.inputs, keep)
-    inputs = x.inputs.contiguous()
+    order = order_of(x)
+    inputs = order.sort(x.inputs, clear=False) if order else x.inputs.contiguous()
     kept = [tensor.data_ptr() for tensor in trail] if trail else list(NO_TRAIL)
     if not p.takes_ends:
         shapes = p.trail["x"], p.trail["features"]
@@ -76,9 +117,14 @@ def forward(x: SequenceTensors, options: SequenceOptions, keep: bool) -> tuple[T
         kept[Trail._fields.index("x")], kept[Trail._fields.index("features")] = gates.data_ptr(), features.data_ptr()
         torch.mm(inputs.view(-1, p.I), weights[0][:, : p.I].t(), out=gates.view(-1, p.G))
     states = addresses_of(initial), addresses_of(final)
-    call_forward(p.scalars("ntm_sequence"), inputs, places, inputs.data_ptr(), outputs.data_ptr(), *states, kept)
+    ends = inputs.data_ptr(), outputs.data_ptr()
+    call_forward(p.scalars("ntm_sequence"), inputs, places, _address(order), *ends, *states, kept)
     if not p.takes_ends:
         torch.addmm(weights[-1], features.flatten(0, 1), weights[-2].t(), out=outputs.view(-1, p.O))
+        if order:
+            order.clear(outputs)
+    if order:
+        outputs = order.unsort(outputs)
     return outputs, final._replace(memory=final.memory.mT), trail
 
 
@@ -113,44 +159,59 @@ def backward(
     -> the gradient of the inputs, if it is needed, and those of all other tensors in a row.
     """
     p = plan(x, options, True)
+    order = order_of(x)
+    fed = x
+    if order:
+        clear = not p.takes_ends
+        fed = x._replace(inputs=order.sort(x.inputs, clear))
+        if not p.shared:
+            fed = fed._replace(initial=order.sort_fed(x.initial))
+        grad_outputs = order.sort(grad_outputs, clear)
     grad_outputs = grad_outputs.contiguous()
-    initial, weights = native_state(x.initial), weights_of(x)
+    weights = weights_of(x)
     shapes = [p.trail[name] for name in _Grads._fields]
     *of_state, grad_params = native.empty(x.inputs, (*p.final, shapes.pop()))
     # A step's gates are not needed once their gradients are known: these may overwrite them.
     grad_x, grad_upper_x, grad_y = trail[:3] if spend else native.empty(x.inputs, tuple(shapes))
     grad, left = NTMState.unflatten(of_state), _Grads(grad_x, grad_upper_x, grad_y, grad_params)
     with native.without_autocast(x.inputs.device.type):
-        _call_backward(p, x, initial, weights, final_memory, trail, grad_outputs, grad_final, grad, left)
+        of_inputs = _call_backward(
+            p, x, order, weights, final_memory, trail, grad_outputs, grad_final, needs_inputs, grad, left
+        )
         if native.why_not(x.inputs.device.type, x.inputs.dtype is torch.float64, "ntm_sequence_weight_gradients"):
-            state, of_weights = _weight_gradients_by_torch(p, x, trail, grad_outputs, grad, left)
+            state, of_weights = _weight_gradients_by_torch(p, fed, trail, grad_outputs, grad, left)
         else:
-            state, of_weights = _weight_gradients(p, x, initial, weights, trail, grad_outputs, grad, left)
-        row = [state.memory.mT, *state.flatten()[1:], *of_weights]
-        if not needs_inputs:
-            return None, row
-        return (left.x.view(p.T * p.B, p.G) @ weights[0][:, : p.I]).view(p.T, p.B, p.I), row
+            state, of_weights = _weight_gradients(p, fed, order, weights, trail, grad_outputs, grad, left)
+    if order and of_inputs is not None:
+        of_inputs = order.unsort(of_inputs)
+    return of_inputs, [state.memory.mT, *state.flatten()[1:], *of_weights]
 
 
 def _call_backward(
     p: Plan,
     x: SequenceTensors,
-    initial: NTMState,
+    order: Order | None,
     weights: list[Tensor],
     final_memory: Tensor,
     trail: Trail,
     grad_outputs: Tensor,
     grad_final: NTMState | None,
+    needs_inputs: bool,
     grad: NTMState,
     left: _Grads,
-) -> None:
-    """The native backward fills ``grad``, the gradient of the initial state, and ``left``."""
-    final_memory = final_memory.mT.contiguous()
+) -> Tensor | None:
+    """The native backward fills ``grad``, the gradient of the initial state, and ``left``. -> the gradient of the
+    inputs, if it is needed."""
+    initial, final_memory = native_state(x.initial), final_memory.mT.contiguous()
+    of_inputs = None
+    if needs_inputs and p.takes_ends:
+        (of_inputs,) = native.empty(x.inputs, ((p.T, p.B, p.I),))
     native_grad_final = native_state(grad_final) if grad_final else None
     grad_features = grad_outputs if p.takes_ends else grad_outputs.view(-1, p.O) @ weights[-2]
     places = table(weights)
     addresses = [
         places.buffer_info()[0],
+        _address(order),
         *addresses_of(initial),
         final_memory.data_ptr(),
         *[tensor.data_ptr() for tensor in trail],
@@ -158,14 +219,18 @@ def _call_backward(
         *(addresses_of(native_grad_final) if native_grad_final else NO_STATE),
         *addresses_of(grad),
         *[tensor.data_ptr() for tensor in left],
+        0 if of_inputs is None else of_inputs.data_ptr(),
     ]
     native.call("ntm_sequence_backward", x.inputs, p.scalars("ntm_sequence_backward"), addresses)
+    if needs_inputs and not p.takes_ends:
+        of_inputs = (left.x.view(p.T * p.B, p.G) @ weights[0][:, : p.I]).view(p.T, p.B, p.I)
+    return of_inputs
 
 
 def _weight_gradients(
     p: Plan,
-    x: SequenceTensors,
-    initial: NTMState,
+    fed: SequenceTensors,
+    order: Order | None,
     weights: list[Tensor],
     trail: Trail,
     grad_outputs: Tensor,
@@ -173,17 +238,19 @@ def _weight_gradients(
     left: _Grads,
 ) -> tuple[NTMState, list[Tensor]]:
     """By the native code -> the gradients of the initial state, summed over the batch where it is shared, and of the
-    weights."""
-    inputs, sums = x.inputs.contiguous(), grad
+    weights. ``fed``: inputs, and what the first step was fed, in the native order."""
+    initial = native_state(fed.initial)
+    inputs, sums = fed.inputs.contiguous(), grad
     shapes: list[tuple[int, ...]] = [weight.shape for weight in weights]
     if p.shared:
-        shapes += [p.final[0][1:], *[tensor.shape for tensor in x.initial.flatten()[1:]]]
+        shapes += [p.final[0][1:], *[tensor.shape for tensor in fed.initial.flatten()[1:]]]
     made = native.empty(inputs, tuple(shapes))
     grads = made[: len(weights)]
     places = table(grads)
     if p.shared:
         sums = NTMState.unflatten(made[len(weights) :])
     addresses = [
+        _address(order),
         inputs.data_ptr(),
         *addresses_of(initial),
         *[tensor.data_ptr() for tensor in trail],
@@ -199,10 +266,10 @@ def _weight_gradients(
 
 
 def _weight_gradients_by_torch(
-    p: Plan, x: SequenceTensors, trail: Trail, grad_outputs: Tensor, grad: NTMState, left: _Grads
+    p: Plan, fed: SequenceTensors, trail: Trail, grad_outputs: Tensor, grad: NTMState, left: _Grads
 ) -> tuple[NTMState, list[Tensor]]:
     """The same where no native kernel computes them."""
-    initial, sums = x.initial, grad
+    initial, sums = fed.initial, grad
     if p.shared:
         initial = initial.for_batch(p.B)
         sums = NTMState.unflatten([g.sum(0) for g in grad[:4]] + [g.sum(1) for g in grad.controller])
@@ -211,7 +278,7 @@ def _weight_gradients_by_torch(
     found: list[Tensor] = []
     for layer in range(p.L):
         # What the layer was fed at each step, side by side: its inputs or the layer below, the reads, its hidden state.
-        below = hidden[layer - 1] if layer else x.inputs
+        below = hidden[layer - 1] if layer else fed.inputs
         before = [] if layer else [(initial.reads, trail.features[..., H:])]
         before.append((initial.controller[0][layer], hidden[layer]))
         earlier = [torch.cat([first.flatten(1)[None], all_steps[:-1]]) for first, all_steps in before]
@@ -219,9 +286,9 @@ def _weight_gradients_by_torch(
         of_x = (left.upper_x[layer - 1] if layer else left.x).view(rows, p.G)
         of_y = left.y[layer].view(rows, p.G) if len(left.y) else None
         found += _layer_gradients(met, H, of_x, of_y)
-    for grad_out, fed in (left.params, hidden[-1]), (grad_outputs, trail.features):
+    for grad_out, met in (left.params, hidden[-1]), (grad_outputs, trail.features):
         flat = grad_out.flatten(0, 1)
-        found += [flat.t() @ fed.flatten(0, 1), flat.sum(0)]
+        found += [flat.t() @ met.flatten(0, 1), flat.sum(0)]
     return sums, found
 
 

@@ -84,6 +84,26 @@ SITES = [
     ),
     ("cuda/product.h", "if (e < E && c < C) out", 'if (e < E && c < C - PLANTED("a column lost")) out'),
     ("cuda/product.h", "if (output < p.outputs &&", 'if (output < p.outputs - PLANTED("a weight lost") &&'),
+    (
+        "core/sequence/forward.h",
+        "E = order.taking(t, first, E);",
+        'E = PLANTED("what is over goes on") ? tile : order.taking(t, first, E);',
+    ),
+    (
+        "core/sequence/layout.h",
+        "return lengths ? lengths[B + p] : p; }",
+        'return lengths && !PLANTED("states in the order of lengths") ? lengths[B + p] : p; }',
+    ),
+    (
+        "core/sequence/backward.h",
+        "if (step == order.length(p)) return",
+        'if (step == (PLANTED("the last memory after step T alone") ? s.T : order.length(p))) return',
+    ),
+    (
+        "core/sequence/backward.h",
+        "if (t + 1 == order.length(first + e)) fetch",
+        'if (t + 1 == (PLANTED("what was left is fetched at step T alone") ? s.T : order.length(first + e))) fetch',
+    ),
     ("cuda/plan.h", "few * d.unstaged * d.real}", '(few - PLANTED("workspace too small")) * d.unstaged * d.real}'),
 ]
 

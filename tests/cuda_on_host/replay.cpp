@@ -91,7 +91,8 @@ struct Recorded {
             for (Size i = 0; i < 4 * call.layers + 4; ++i) call.weights.push_back(value<const void*>());
             return reinterpret_cast<P>(call.weights.data());
         } else if constexpr (std::is_pointer_v<P>) {
-            return reinterpret_cast<P>(call.arrays[call.next_array++].memory.get());
+            const Array& array = call.arrays[call.next_array++];  // nullptr where nothing was given
+            return array.after.empty() ? nullptr : reinterpret_cast<P>(array.memory.get());
         } else {
             return static_cast<P>(call.scalars[call.next_scalar++]);
         }

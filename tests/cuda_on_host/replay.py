@@ -43,8 +43,12 @@ class Recorder:
         self, call: Callable, name: str, like: torch.Tensor, scalars: Sequence, addresses: Sequence[int]
     ) -> None:
         find = sequence_arrays if name.startswith("ntm_sequence") else operator_arrays
-        arrays = find(name, dict(zip(native.signature(name).scalars, scalars)), addresses)
-        arrays = [(role, address, like.element_size() * count) for role, count, address in arrays]
+        sizes = dict(zip(native.signature(name).scalars, scalars))
+        arrays = [
+            (role, address, 4 * count if role == "order" else like.element_size() * count)
+            for role, count, address in find(name, sizes, addresses)
+        ]
+        arrays = [("in" if role == "order" else role, *place) for role, *place in arrays]
         before = [ctypes.string_at(*place) if role != "out" else b"" for role, *place in arrays]
         call(name, like, scalars, addresses)
         # An input must keep its value. An output may lie in the place of an input: a trail may be overwritten.
@@ -56,7 +60,7 @@ class Recorder:
             file.write(b"".join(piece for pair in zip(before, after) for piece in pair))
 
 
-Array = tuple[str, int, int]  # "in", "out" or "both", how many numbers, where
+Array = tuple[str, int, int]  # "in", "out", "both", or "order" for integers that come in; how many numbers, where
 
 
 def operator_arrays(name: str, sizes: dict[str, int], addresses: Sequence[int]) -> list[Array]:
@@ -92,11 +96,14 @@ def sequence_arrays(name: str, sizes: dict[str, int], addresses: Sequence[int]) 
     counts |= {"grad_outputs": features, "grad_x": x, "grad_upper_x": upper_x, "grad_y": y, "grad_params": T * B * P}
     counts |= {f"{way}_{own}": B * n for way in ("final", "grad_initial") for own, n in state.items()}
     names = native.signature(name).tensors
+    counts |= {"order": 2 * B * bool(addresses[names.index("order")]), "grad_inputs": 0}
     if not forward:
         given = bool(addresses[names.index("grad_final_memory")])  # the gradient of the final state
         counts |= {f"grad_final_{own}": B * n * given for own, n in state.items()}
 
     def role(own: str) -> str:
+        if own == "order":
+            return own
         if forward and own.startswith(("final", "trail")):
             return ("both" if keep else "in") if own == "trail_x" else "out"
         return "out" if own.startswith("grad_") and not own.startswith(("grad_final", "grad_outputs")) else "in"

@@ -121,6 +121,10 @@ SEQUENCE_FAULTS = {
     "too little is shared": SequenceFault("address", "use-after-poison"),
     "a column lost": SequenceFault("address", "other numbers"),
     "a weight lost": SequenceFault("address", "other numbers"),
+    "what is over goes on": SequenceFault("address", "", lambda k: not k.endswith("backward")),
+    "states in the order of lengths": SequenceFault("address", "other numbers"),
+    "the last memory after step T alone": SequenceFault("address", "", lambda k: k.endswith("backward")),
+    "what was left is fetched at step T alone": SequenceFault("address", "", lambda k: k.endswith("backward")),
 }
 
 

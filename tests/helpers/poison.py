@@ -28,7 +28,7 @@ class Poison:
         """A tensor of NaN, of ``like``'s dtype and device; contiguous where no strides are given."""
         count = torch.Size(shape).numel()
         block = like.new_full((count + 2 * GUARD,), SENTINEL)
-        block[GUARD : GUARD + count] = torch.nan
+        block[GUARD : GUARD + count].view(torch.uint8).fill_(0xFF)  # NaN, in any dtype
         result = block[GUARD : GUARD + count].view(shape)
         if stride is not None:
             result = like.new_empty(0).set_(block.untyped_storage(), GUARD, shape, stride)

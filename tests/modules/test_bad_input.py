@@ -210,13 +210,6 @@ def test_settings_are_checked_when_they_are_set_and_sizes_are_read_only() -> Non
             assert getattr(ntm, name) == OTHER_OPTIONS.get(name, getattr(before, own.name))
 
 
-def test_lengths_are_reserved() -> None:
-    ntm = make()
-    ntm(some(2, 2, 3), lengths=None)
-    with pytest.raises(NotImplementedError, match="lengths"):
-        ntm(some(2, 2, 3), lengths=torch.tensor([1, 2]))
-
-
 def test_a_failed_call_changes_nothing() -> None:
     ntm = make()
     before = {n: x.clone() for n, x in ntm.state_dict().items()}

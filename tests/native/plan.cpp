@@ -89,10 +89,10 @@ Size taken(const SequenceSizes& s, bool backward, int E) {
     char* last = nullptr;  // where the last piece begins
     Size size = s.L * E * s.H;
     if (backward) {
-        const SequenceBackwardFrame<char> f(crew, s, E, TileState<char>{});
+        const SequenceBackwardFrame<char> f(crew, s, E, false, TileState<char>{});
         last = s.has_cell() ? f.grad.cell : f.grad.hidden;
     } else {
-        const SequenceFrame<char> f(crew, s, E, true, TileState<char>{});
+        const SequenceFrame<char> f(crew, s, E, true, false, TileState<char>{});
         last = s.has_cell() ? f.state.cell : f.state.hidden;
     }
     return last - static_cast<char*>(nullptr) + room(size);

@@ -26,13 +26,14 @@ struct SequenceBackwardFrame {
         const bool one = s.products() == 1;
         return g.slots * room(s.step.backward_scratch()) + g.slots * room(s.read_size()) + room(E * s.H, E * s.H) +
                room(one ? E * s.widest() : 0, g.takes_ends * E * s.features(), g.staged ? 0 : E * s.step.N) +
-               g.staged * (room(E * G, one ? 0 : E * G, E * P, E * P, 2 * E * RN, 2 * E * WN) +
-                           TileState<T>::scratch(s, E, g.holds_memory)) +
+               g.staged * room(E * G, one ? 0 : E * G, E * P, E * P, 2 * E * RN, 2 * E * WN) +
+               g.holds_state * TileState<T>::scratch(s, E, g.holds_memory) +
                g.holds_memory * room(2 * E * s.memory());
     }
 
     template <class Crew>
-    NTM_FN SequenceBackwardFrame(const Crew& crew, const SequenceSizes& s, Size E, const TileState<T>& place) {
+    NTM_FN SequenceBackwardFrame(const Crew& crew, const SequenceSizes& s, Size E, bool ordered,
+                                 const TileState<T>& place) {
         constexpr bool aside = Crew::staged;
         const Size G = s.gates(), P = s.step.params();
         const bool one = s.products() == 1;
@@ -51,11 +52,11 @@ struct SequenceBackwardFrame {
         read_weights = arena.take(aside * 2 * E * s.step.R * s.step.N);
         write_weights = arena.take(aside * 2 * E * s.step.W * s.step.N);
         memories = arena.take(Crew::holds_memory * 2 * E * s.memory());
-        grad = hold(crew, arena, s, E, place);
+        grad = hold(crew, arena, s, E, ordered, place);
     }
 };
 
-// sequence_backward()'s arguments and its phases, which all work on step t.
+// sequence_backward()'s arguments and its phases, which all work on step t and the elements that took it.
 template <class Crew, class Weight, class T = typename Crew::Real>
 struct SequenceBackwardPass : ElementSizes {
     using Frame = SequenceBackwardFrame<T>;
@@ -65,7 +66,8 @@ struct SequenceBackwardPass : ElementSizes {
     const SequenceSizes& s;
     const StepOptions& o;
     const Size first;
-    const Index E;
+    const Index tile;  // elements
+    const SequenceOrder order;
     const SequenceWeights<T, Weight>& w;
     const SequenceState<const T>& initial;
     const T* const final_memory;
@@ -74,27 +76,32 @@ struct SequenceBackwardPass : ElementSizes {
     const SequenceState<const T>& grad_final;
     const SequenceState<T>& grad;
     const SequenceGrads<T>& out;
+    T* const grad_inputs;
     T* const segment;
 
-    const Frame laid_once = laid(E);
-    Index t = s.T - 1;
-    bool normed = false;  // whether frame().norms belong to the memories that step t left; the same for all elements
+    const Frame laid_once = laid(tile);
+    const Index longest = order.length(first);
+    Index t = longest - 1;
+    Index E = tile;    // of the tile's elements so many took step t: they are the first
+    Index normed = 0;  // of so many, the first, frame().norms belong to the memories that step t left
     // Step t is in the segment of steps from begin to end. Memory number `kept` is the one before step begin; number 0
     // is the initial one.
-    Index kept = (s.T - 1) / s.every, begin = kept * s.every, end = s.T;
+    Index kept = t / s.every, begin = kept * s.every, end = longest;
 
-    NTM_FN SequenceBackwardPass(const Crew& crew, const SequenceSizes& s, const StepOptions& o, Size first, Index E,
-                                const SequenceWeights<T, Weight>& w, const SequenceState<const T>& initial,
-                                const T* final_memory, const SequenceTrail<const T>& trail, const T* grad_outputs,
+    NTM_FN SequenceBackwardPass(const Crew& crew, const SequenceSizes& s, const StepOptions& o, Size first, Index tile,
+                                const Index* order, const SequenceWeights<T, Weight>& w,
+                                const SequenceState<const T>& initial, const T* final_memory,
+                                const SequenceTrail<const T>& trail, const T* grad_outputs,
                                 const SequenceState<const T>& grad_final, const SequenceState<T>& grad,
-                                const SequenceGrads<T>& out, T* segment)
-        : ElementSizes(s), crew(crew), s(s), o(o), first(first), E(E), w(w), initial(initial),
-          final_memory(final_memory), trail(trail), grad_outputs(grad_outputs), grad_final(grad_final), grad(grad),
-          out(out), segment(segment) {}
+                                const SequenceGrads<T>& out, T* grad_inputs, T* segment)
+        : ElementSizes(s), crew(crew), s(s), o(o), first(first), tile(tile), order{order, s.T, s.B}, w(w),
+          initial(initial), final_memory(final_memory), trail(trail), grad_outputs(grad_outputs),
+          grad_final(grad_final), grad(grad), out(out), grad_inputs(grad_inputs), segment(segment) {}
 
     NTM_FN void run() {
         begin_grad();
         for (; t >= 0; --t) {
+            E = order.taking(t, first, tile);
             if (t < begin) end = begin, begin -= s.every, --kept;
             if (t + 1 == end) rewrite_segment();
             if constexpr (Crew::takes_ends) through_outputs();
@@ -105,6 +112,8 @@ struct SequenceBackwardPass : ElementSizes {
             for (Index l = s.L - 1; l >= 0; --l) {
                 through_gates(l);
                 crew.sync();
+                if constexpr (Crew::takes_ends)
+                    if (l == 0 && grad_inputs) through_inputs();
                 multiply_layer(l);
                 crew.sync();
                 hand_on(l);
@@ -117,11 +126,11 @@ struct SequenceBackwardPass : ElementSizes {
 
     // --- where things are ---
 
-    NTM_FN Frame laid(Size elements) const { return Frame(crew, s, elements, tile_of(s, grad, first)); }
+    NTM_FN Frame laid(Size elements) const { return Frame(crew, s, elements, order.lengths, tile_of(s, grad, first)); }
     // Laid out once; by a staged crew anew at every call, because a GPU is short of registers for so many pointers.
     NTM_FN decltype(auto) frame() const {
         if constexpr (Crew::staged)
-            return laid(crew.again(E));
+            return laid(crew.again(tile));
         else
             return (laid_once);
     }
@@ -148,12 +157,23 @@ struct SequenceBackwardPass : ElementSizes {
         return !l ? f.grad.reads : (s.L - 1 - l) % 2 ? f.dhidden : f.dbelow;
     }
 
+    // The gradients of the memory of the tile's element e, and of its whole state.
+    NTM_FN T* dmemory_of(const Frame& f, Index e) const {
+        return Crew::holds_memory ? f.grad.memory + e * MN : grad.memory + order.number(first + e) * MN;
+    }
+    NTM_FN TileState<T> grad_of(const Frame& f, Index e) const {
+        TileState<T> own = f.grad.element(s, e);
+        own.memory = dmemory_of(f, e);
+        return own;
+    }
+
+    NTM_FN TileState<const T> start_of(Index e) const { return initial_of(s, initial, order.number(first + e)); }
     // The memory before a step of this segment or after its last.
     NTM_FN const T* memory_before(Index step, Index e) const {
-        const Size b = first + e;
-        if (step == s.T) return final_memory + b * MN;
-        if (step == 0) return initial.memory + s.initial(b) * MN;
-        if (step == begin || step == end) return trail.memory + ((kept - (step == begin)) * s.B + b) * MN;
+        const Size p = first + e;
+        if (step == order.length(p)) return final_memory + order.number(p) * MN;
+        if (step == 0) return start_of(e).memory;
+        if (step == begin || step == end) return trail.memory + ((kept - (step == begin)) * s.B + p) * MN;
         return segment + (e * s.every + step - begin) * MN;
     }
 
@@ -166,31 +186,49 @@ struct SequenceBackwardPass : ElementSizes {
     // --- the phases ---
 
     NTM_FN void begin_grad() const {
-        crew.elements(E, [&](const auto& team, Index e, Index) NTM_INLINE {
-            copy_state(team, s, grad_final.memory != nullptr, e, tile_of(s, grad_final, first), e, frame().grad);
+        crew.elements(tile, [&](const auto& team, Index e, Index) NTM_INLINE {
+            copy_state(team, s, grad_final.memory != nullptr, tile_of(s, grad_final, order.number(first + e)),
+                       grad_of(frame(), e));
         });
     }
 
     NTM_FN void end_grad() const {
-        if constexpr (Crew::staged)
-            crew.elements(E, [&](const auto& team, Index e, Index) NTM_INLINE {
-                copy_state(team, s, true, e, as_const(frame().grad), e, tile_of(s, grad, first));
-            });
+        crew.elements(tile, [&](const auto& team, Index e, Index) NTM_INLINE {
+            if (Crew::staged || order.lengths)
+                copy_state(team, s, true, as_const(grad_of(frame(), e)), tile_of(s, grad, order.number(first + e)));
+            for (Index step = order.length(first + e); step < s.T; ++step) clear_step(team, step, first + e);
+        });
     }
 
-    // Writes the segment's memories again, from the weights that were kept, up to the one that step t finds.
+    // What a step leaves to the caller, who may make weight gradients of it, is 0 where an element did not take it.
+    template <class Team>
+    NTM_FN void clear_step(const Team& team, Index step, Size b) const {
+        if constexpr (Crew::takes_ends) {
+            if (grad_inputs) clear(team, s.I, at(s, grad_inputs, s.I, 0, step, b));
+        } else {
+            for (Index l = 0; l < s.L; ++l) {
+                clear(team, G, l ? at(s, out.upper_x, G, l - 1, step, b) : at(s, out.x, G, 0, step, b));
+                if (s.products() == 2) clear(team, G, at(s, out.y, G, l, step, b));
+            }
+            clear(team, P, at(s, out.params, P, 0, step, b));
+        }
+    }
+
+    // Writes the segment's memories again, from the weights that were kept, up to the one that an element's last step
+    // in it finds.
     NTM_FN void rewrite_segment() const {
-        crew.elements(E, [&](const auto& team, Index e, Index slot) NTM_INLINE {
-            for (Index step = begin; step < t; ++step) {
+        crew.elements(order.taking(begin, first, tile), [&](const auto& team, Index e, Index slot) NTM_INLINE {
+            const Index own_end = order.length(first + e), last = (own_end < end ? own_end : end) - 1;
+            for (Index step = begin; step < last; ++step) {
                 const T* weights = at(s, trail.write_weights, WN, 0, step, first + e);
                 Arena<T> arena{inner_of(frame(), slot)};
                 const Activated<T> active =
                     place_active(arena, s.step, left_active<Crew>(s, trail, step, first + e));
                 if constexpr (Crew::staged)
                     active.write_vectors(team, s.step, o, at(s, trail.params, P, 0, step, first + e));
-                else if (step + 1 < t)  // the next erase and add vectors
+                else if (step + 1 < last)  // the next erase and add vectors
                     team.ahead(2 * s.step.W * s.step.M, active.erase + s.B * s.step.active());
-                if (step + 1 < t) team.ahead(WN, weights + s.B * WN);
+                if (step + 1 < last) team.ahead(WN, weights + s.B * WN);
                 team.sync();
                 write(team, s.step.W, s.step.N, s.step.M, memory_before(step, e), weights, active.erase, active.add,
                       segment + (e * s.every + step + 1 - begin) * MN);
@@ -216,7 +254,7 @@ struct SequenceBackwardPass : ElementSizes {
 
     NTM_FN Record record_of(Index e) const {
         const Size b = first + e;
-        const TileState<const T> start = initial_of(s, initial, b);
+        const TileState<const T> start = start_of(e);
         return {memory_before(t, e),
                 memory_before(t + 1, e),
                 t ? at(s, trail.read_weights, RN, 0, t - 1, b) : start.read_weights,
@@ -246,10 +284,10 @@ struct SequenceBackwardPass : ElementSizes {
         };
         // Two steps take turns: what this step left was fetched before, as what the next step found.
         auto fetch_both = [&](T* two, Index n, const T*& found, const T*& left) NTM_INLINE {
-            T* place = two + (t + 1) % 2 * E * n;
-            if (t + 1 == s.T) fetch(place, left, n);
+            T* place = two + (t + 1) % 2 * tile * n;
+            if (t + 1 == order.length(first + e)) fetch(place, left, n);
             left = place + e * n;
-            fetch(two + t % 2 * E * n, found, n);
+            fetch(two + t % 2 * tile * n, found, n);
         };
         if constexpr (Crew::holds_memory) fetch_both(f.memories, MN, r.memory, r.new_memory);
         fetch_both(f.read_weights, RN, r.read_weights, r.new_read_weights);
@@ -277,7 +315,7 @@ struct SequenceBackwardPass : ElementSizes {
     template <class Team>
     NTM_FN void through_step(const Team& team, const Frame& f, Index e, Index slot, const Record& r,
                              const T* dreads) {
-        T *dmemory = f.grad.memory + e * MN, *dread_weights = f.grad.read_weights + e * RN;
+        T *dmemory = dmemory_of(f, e), *dread_weights = f.grad.read_weights + e * RN;
         T* dwrite_weights = f.grad.write_weights + e * WN;
         auto step = [&](auto norms) NTM_INLINE {
             memory_step_backward(team, s.step, o, r.memory, r.read_weights, r.write_weights, r.params, r.new_memory,
@@ -288,9 +326,9 @@ struct SequenceBackwardPass : ElementSizes {
         if constexpr (Crew::staged) {
             step(nullptr);
         } else {
-            Norms<T> norms = {f.norms + e * s.step.N, normed};
+            Norms<T> norms = {f.norms + e * s.step.N, e < normed};
             step(&norms);
-            if (e + 1 == E) normed = norms.known;
+            if (e + 1 == E) normed = norms.known ? E : 0;
         }
     }
 
@@ -321,7 +359,7 @@ struct SequenceBackwardPass : ElementSizes {
     template <class Team>
     NTM_FN void gates_backward(const Team& team, const Frame& f, Index l, Index e, const T* dhidden) const {
         const Size b = first + e;
-        const TileState<const T> start = initial_of(s, initial, b);
+        const TileState<const T> start = start_of(e);
         const T* x = l ? at(s, trail.upper_x, G, l - 1, t, b) : at(s, trail.x, G, 0, t, b);
         T* dx = dx_of(f, l) + e * G;
         fetch_earlier(team, G, x, 1);
@@ -342,6 +380,13 @@ struct SequenceBackwardPass : ElementSizes {
             fetch_earlier(team, H, new_cell, 2);
             lstm_gates_backward<true>(team, H, x, cell, new_cell, dhidden, dcell, dx, dcell);
         }
+    }
+
+    // The inputs' gradient, from that of the first layer's gates.
+    NTM_FN void through_inputs() const {
+        T* rows = at(s, grad_inputs, s.I, 0, t, first);
+        crew.elements(E, [&](const auto& team, Index e, Index) NTM_INLINE { clear(team, s.I, rows + e * s.I); });
+        crew.product(E, G, s.I, dx_of(frame(), 0), w.inputs, rows);
     }
 
     NTM_FN void multiply_layer(Index l) const {
@@ -374,20 +419,23 @@ struct SequenceBackwardPass : ElementSizes {
     }
 };
 
-// Takes the gradients of elements first .. first + E - 1 back through all steps.
+// Takes the gradients of elements first .. first + E - 1 back through all steps. order: as in
+// SequenceOrder.
 //
 // initial is the state before the first step; its reads are not used. grad_outputs is [T, B, O] or, if the crew does
 // not take the ends, the features' gradient, [T, B, H + R M]. grad_final is the gradient of the final state, all 0 if
-// its memory is nullptr; grad becomes that of the initial one. Memories that were not kept are written again, one
-// segment between two kept ones at a time, in `segment`: sequence_segment() numbers for this tile alone.
+// its memory is nullptr; grad becomes that of the initial one. grad_inputs may be nullptr; only a crew that takes the
+// ends uses it. Memories that were not kept are written again, one segment between two kept ones at a time, in
+// `segment`: sequence_segment() numbers for this tile alone.
 template <class Crew, class Weight, class T = typename Crew::Real>
 NTM_FN void sequence_backward(const Crew& crew, const SequenceSizes& s, const StepOptions& o, Size first, Index E,
-                              const SequenceWeights<T, Weight>& w, const SequenceState<const T>& initial,
-                              const T* final_memory /*[B, M, N]*/, const SequenceTrail<const T>& trail,
-                              const T* grad_outputs, const SequenceState<const T>& grad_final,
-                              const SequenceState<T>& grad, const SequenceGrads<T>& out, T* segment) {
-    SequenceBackwardPass<Crew, Weight>(crew, s, o, first, E, w, initial, final_memory, trail, grad_outputs, grad_final,
-                                       grad, out, segment)
+                              const Index* order, const SequenceWeights<T, Weight>& w,
+                              const SequenceState<const T>& initial, const T* final_memory /*[B, M, N]*/,
+                              const SequenceTrail<const T>& trail, const T* grad_outputs,
+                              const SequenceState<const T>& grad_final, const SequenceState<T>& grad,
+                              const SequenceGrads<T>& out, T* grad_inputs /*[T, B, I]*/, T* segment) {
+    SequenceBackwardPass<Crew, Weight>(crew, s, o, first, E, order, w, initial, final_memory, trail, grad_outputs,
+                                       grad_final, grad, out, grad_inputs, segment)
         .run();
 }
 

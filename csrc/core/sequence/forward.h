@@ -24,7 +24,7 @@ struct SequenceFrame {
                (g.staged || !keep) *
                    room(E * G, s.products() == 2 ? E * G : 0, E * s.step.params(), g.takes_ends * E * s.features(),
                         g.staged ? 0 : s.step.active()) +
-               g.staged * TileState<T>::scratch(s, E, g.holds_memory);
+               g.holds_state * TileState<T>::scratch(s, E, g.holds_memory);
     }
 
     // The longest row that is joined for a layer's product
@@ -34,7 +34,8 @@ struct SequenceFrame {
     }
 
     template <class Crew>
-    NTM_FN SequenceFrame(const Crew& crew, const SequenceSizes& s, Size E, bool aside, const TileState<T>& place) {
+    NTM_FN SequenceFrame(const Crew& crew, const SequenceSizes& s, Size E, bool aside, bool ordered,
+                         const TileState<T>& place) {
         Arena<T> arena{crew.scratch()};
         inner = arena.take(Crew::slots(E) * room(s.step.forward_scratch()));
         joined = arena.take(E * row(s, Crew::takes_ends));
@@ -44,11 +45,11 @@ struct SequenceFrame {
         features = arena.take(aside * Crew::takes_ends * E * s.features());
         active = arena.take(Crew::staged ? 0 : aside * s.step.active());
         norms = arena.take(Crew::staged ? 0 : E * s.step.N);
-        state = hold(crew, arena, s, E, place);
+        state = hold(crew, arena, s, E, ordered, place);
     }
 };
 
-// sequence()'s arguments and its phases, which all work on step t.
+// sequence()'s arguments and its phases, which all work on step t and the elements that take it.
 template <class Crew, class Weight, class T = typename Crew::Real>
 struct SequencePass : ElementSizes {
     using Frame = SequenceFrame<T>;
@@ -57,7 +58,8 @@ struct SequencePass : ElementSizes {
     const SequenceSizes& s;
     const StepOptions& o;
     const Size first;
-    const Index E;
+    const Index tile;  // elements
+    const SequenceOrder order;
     const bool keep;
     const SequenceWeights<T, Weight>& w;
     const T* const inputs;
@@ -67,20 +69,23 @@ struct SequencePass : ElementSizes {
     const SequenceTrail<T>& trail;
 
     const bool aside = Crew::staged || !keep;
-    const Frame laid_once = laid(E);
+    const Frame laid_once = laid(tile);
     Index t = 0;
+    Index E = tile;       // of the tile's elements so many take step t: they are the first
     bool normed = false;  // whether frame().norms belong to the memories; the same for all elements
 
-    NTM_FN SequencePass(const Crew& crew, const SequenceSizes& s, const StepOptions& o, Size first, Index E, bool keep,
-                        const SequenceWeights<T, Weight>& w, const T* inputs, T* outputs,
-                        const SequenceState<const T>& initial, const SequenceState<T>& final,
+    NTM_FN SequencePass(const Crew& crew, const SequenceSizes& s, const StepOptions& o, Size first, Index tile,
+                        const Index* order, bool keep, const SequenceWeights<T, Weight>& w, const T* inputs,
+                        T* outputs, const SequenceState<const T>& initial, const SequenceState<T>& final,
                         const SequenceTrail<T>& trail)
-        : ElementSizes(s), crew(crew), s(s), o(o), first(first), E(E), keep(keep), w(w), inputs(inputs),
-          outputs(outputs), initial(initial), final(final), trail(trail) {}
+        : ElementSizes(s), crew(crew), s(s), o(o), first(first), tile(tile), order{order, s.T, s.B}, keep(keep),
+          w(w), inputs(inputs), outputs(outputs), initial(initial), final(final), trail(trail) {}
 
     NTM_FN void run() {
         begin();
         for (; t < s.T; ++t) {
+            E = order.taking(t, first, E);
+            if (E == 0) break;
             for (Index l = 0; l < s.L; ++l) {
                 feed_layer(l);
                 crew.sync();
@@ -101,12 +106,12 @@ struct SequencePass : ElementSizes {
     // --- where things are ---
 
     NTM_FN Frame laid(Size elements) const {
-        return Frame(crew, s, elements, aside, tile_of(s, final, first));
+        return Frame(crew, s, elements, aside, order.lengths, tile_of(s, final, first));
     }
     // Laid out once; by a staged crew anew at every call, because a GPU is short of registers for so many pointers.
     NTM_FN decltype(auto) frame() const {
         if constexpr (Crew::staged)
-            return laid(crew.again(E));
+            return laid(crew.again(tile));
         else
             return (laid_once);
     }
@@ -123,6 +128,15 @@ struct SequencePass : ElementSizes {
         return at(s, trail.features, H + F, 0, t, first + e);
     }
     NTM_FN T* fed_of(const Frame& f, Index l) const { return l ? f.state.hidden_of(s, l - 1) : f.state.reads; }
+    // The memory of the tile's element e, and its whole state.
+    NTM_FN T* memory_of(const Frame& f, Index e) const {
+        return Crew::holds_memory ? f.state.memory + e * MN : final.memory + order.number(first + e) * MN;
+    }
+    NTM_FN TileState<T> state_of(const Frame& f, Index e) const {
+        TileState<T> own = f.state.element(s, e);
+        own.memory = memory_of(f, e);
+        return own;
+    }
     NTM_FN T* kept_memory(Index number, Index e) const { return trail.memory + ((number - 1) * s.B + first + e) * MN; }
 
     // Inputs that stand in front of what a layer is fed.
@@ -150,23 +164,37 @@ struct SequencePass : ElementSizes {
     // --- the phases ---
 
     NTM_FN void begin() const {
-        crew.elements(E, [&](const auto& team, Index e, Index) NTM_INLINE {
-            copy_state(team, s, true, 0, initial_of(s, initial, first + e), e, frame().state);
+        crew.elements(tile, [&](const auto& team, Index e, Index) NTM_INLINE {
+            copy_state(team, s, true, initial_of(s, initial, order.number(first + e)), state_of(frame(), e));
         });
     }
 
     NTM_FN void end() const {
-        if constexpr (Crew::staged)
-            crew.elements(E, [&](const auto& team, Index e, Index) NTM_INLINE {
-                copy_state(team, s, true, e, as_const(frame().state), e, tile_of(s, final, first));
-            });
+        crew.elements(tile, [&](const auto& team, Index e, Index) NTM_INLINE {
+            if (Crew::staged || order.lengths)
+                copy_state(team, s, true, as_const(state_of(frame(), e)),
+                           tile_of(s, final, order.number(first + e)));
+            for (Index step = order.length(first + e); step < s.T; ++step) clear_step(team, step, first + e);
+        });
+    }
+
+    // What a step leaves to the caller is 0 where an element does not take it.
+    template <class Team>
+    NTM_FN void clear_step(const Team& team, Index step, Size b) const {
+        if constexpr (Crew::takes_ends) {
+            clear(team, s.O, at(s, outputs, s.O, 0, step, b));
+        } else {
+            clear(team, H + F, at(s, trail.features, H + F, 0, step, b));
+            if (keep)
+                for (Index l = 0; l + 1 < s.L; ++l) clear(team, H, at(s, trail.hidden, H, l, step, b));
+        }
     }
 
     // The memory that a step finds is left in the trail at every s.every-th step.
     template <class Team>
     NTM_FN void leave_memory(const Team& team, const Frame& f, Index e) const {
         const Index every = crew.again(s.every);
-        if (keep && t && t % every == 0) copy(team, MN, f.state.memory + e * MN, kept_memory(t / every, e));
+        if (keep && t && t % every == 0) copy(team, MN, memory_of(f, e), kept_memory(t / every, e));
         if (keep && t + 1 < s.T && (t + 1) % every == 0) team.ahead(MN, kept_memory((t + 1) / every, e));
     }
 
@@ -257,7 +285,7 @@ struct SequencePass : ElementSizes {
     template <class Team>
     NTM_FN void step_memory(const Team& team, Index e, Index slot) {
         const Frame& f = frame();
-        T *memory = f.state.memory + e * MN, *read_weights = f.state.read_weights + e * RN;
+        T *memory = memory_of(f, e), *read_weights = f.state.read_weights + e * RN;
         T* write_weights = f.state.write_weights + e * WN;
         T* inner = f.inner + slot * room(s.step.forward_scratch());
         auto step = [&](auto active, auto norms) NTM_INLINE {
@@ -290,15 +318,16 @@ struct SequencePass : ElementSizes {
     }
 };
 
-// Takes elements first .. first + E - 1 through all steps, from the initial state to the final one. keep: the trail is
-// left for the backward. A crew that does not take the ends uses neither inputs nor outputs.
+// Takes elements first .. first + E - 1 through all steps, from the initial state to the final one. order: the lengths
+// of a SequenceOrder, or nullptr. keep: the trail is left for the backward. A crew that does not take the ends uses
+// neither inputs nor outputs.
 template <class Crew, class Weight, class T = typename Crew::Real>
-NTM_FN void sequence(const Crew& crew, const SequenceSizes& s, const StepOptions& o, Size first, Index E, bool keep,
-                     const SequenceWeights<T, Weight>& w, const T* inputs /*[T, B, I]*/, T* outputs /*[T, B, O]*/,
-                     const SequenceState<const T>& initial, const SequenceState<T>& final,
-                     const SequenceTrail<T>& trail) {
+NTM_FN void sequence(const Crew& crew, const SequenceSizes& s, const StepOptions& o, Size first, Index E,
+                     const Index* order, bool keep, const SequenceWeights<T, Weight>& w,
+                     const T* inputs /*[T, B, I]*/, T* outputs /*[T, B, O]*/, const SequenceState<const T>& initial,
+                     const SequenceState<T>& final, const SequenceTrail<T>& trail) {
     static_assert(Crew::staged || Crew::takes_ends);  // normed is a single thread's
-    SequencePass<Crew, Weight>(crew, s, o, first, E, keep, w, inputs, outputs, initial, final, trail).run();
+    SequencePass<Crew, Weight>(crew, s, o, first, E, order, keep, w, inputs, outputs, initial, final, trail).run();
 }
 
 }  // namespace ntm

@@ -32,6 +32,25 @@ struct SequenceSizes {
     constexpr Size initial(Size b) const { return shared ? 0 : b; }  // the index of element b's initial state
 };
 
+// Elements may take fewer than T steps. Then a batch is worked on in order of length, the longest element first: those
+// of a tile end nearly together, and those that still take steps are the tile's first. Arrays over time, [T, B, ...],
+// are in this order; states are in the batch's own. A step that an element does not take leaves its state as it is.
+struct SequenceOrder {
+    const Index* lengths;  // [2, B]: in this order how many steps an element takes, and its number in the batch; or
+                           // nullptr: all take T, and the order is the batch's own
+    Index T;
+    Size B;
+
+    NTM_FN Index length(Size p) const { return lengths ? lengths[p] : T; }
+    NTM_FN Size number(Size p) const { return lengths ? lengths[B + p] : p; }
+    // How many of the n elements from first on take step t.
+    NTM_FN Index taking(Index t, Size first, Index n) const {
+        if (lengths)
+            while (n > 0 && lengths[first + n - 1] <= t) --n;
+        return n;
+    }
+};
+
 // Numbers of one element.
 struct ElementSizes {
     Index H, G;    // hidden units and gates of a layer
@@ -62,6 +81,7 @@ struct SequenceWeights {
     const T* heads_bias;                    // [P]
     Weight output;                          // [features -> O], where the crew takes the ends
     const T* output_bias;                   // [O], likewise
+    Weight inputs;                          // [I -> gates], likewise, for the gradient of the inputs
 };
 
 // The state before or after a step; the caller owns the arrays.
@@ -129,9 +149,10 @@ NTM_FN auto left_active(const SequenceSizes& s, const SequenceTrail<T>& trail, S
         return at(s, trail.active, s.step.active(), 0, t, b);
 }
 
-// What the size of a crew's scratch depends on.
+// What the size of a crew's scratch depends on. holds_state: a tile's states are worked on in scratch, but for the
+// memories, which are there if holds_memory.
 struct SequenceStaging {
-    bool staged, takes_ends, holds_memory;
+    bool staged, takes_ends, holds_state, holds_memory;
     Size slots;
 };
 
@@ -147,15 +168,18 @@ struct TileState : SequenceState<T> {
 
     NTM_FN T* hidden_of(const SequenceSizes& s, Index l) const { return this->hidden + l * span * s.H; }
     NTM_FN T* cell_of(const SequenceSizes& s, Index l) const { return this->cell + l * span * s.H; }
+    NTM_FN TileState element(const SequenceSizes& s, Size e) const {
+        return {{this->memory + e * s.memory(), this->read_weights + e * s.step.R * s.step.N,
+                 this->write_weights + e * s.step.W * s.step.N, this->reads + e * s.read_size(),
+                 this->hidden + e * s.H, this->cell + e * s.H},
+                span};
+    }
 };
 
 // The part of a whole batch's state that begins with element first, where it is.
 template <class T>
 NTM_FN TileState<T> tile_of(const SequenceSizes& s, const SequenceState<T>& all, Size first) {
-    return {{all.memory + first * s.memory(), all.read_weights + first * s.step.R * s.step.N,
-             all.write_weights + first * s.step.W * s.step.N, all.reads + first * s.read_size(),
-             all.hidden + first * s.H, all.cell + first * s.H},
-            s.B};
+    return TileState<T>{all, s.B}.element(s, first);
 }
 
 // The initial state of element b, where it is.
@@ -166,10 +190,12 @@ NTM_FN TileState<const T> initial_of(const SequenceSizes& s, const SequenceState
     return own;
 }
 
-// Where a tile's state is worked on: a staged crew takes scratch for it, others work where it is.
+// Where a tile's state is worked on: a staged crew takes scratch for it. So do others if there is an order, for the
+// places of the tile's states lie apart then; else they work where these are.
 template <class Crew, class T>
-NTM_FN TileState<T> hold(const Crew&, Arena<T>& arena, const SequenceSizes& s, Size E, const TileState<T>& place) {
-    if constexpr (!Crew::staged) return place;
+NTM_FN TileState<T> hold(const Crew&, Arena<T>& arena, const SequenceSizes& s, Size E, bool ordered,
+                         const TileState<T>& place) {
+    if (!Crew::staged && !ordered) return place;
     T* memory = Crew::holds_memory ? arena.take(E * s.memory()) : place.memory;
     T *read_weights = arena.take(E * s.step.R * s.step.N), *write_weights = arena.take(E * s.step.W * s.step.N);
     T *reads = arena.take(E * s.read_size()), *hidden = arena.take(s.L * E * s.H);
@@ -182,12 +208,11 @@ NTM_FN TileState<const T> as_const(const TileState<T>& state) {
     return {{state.memory, state.read_weights, state.write_weights, state.reads, state.hidden, state.cell}, state.span};
 }
 
-// The whole state of element e of `to` becomes that of an element of `from`, or 0 where none is given.
+// The whole state of an element becomes that of another, or 0 where none is given.
 template <class Team, class T>
-NTM_FN void copy_state(const Team& team, const SequenceSizes& s, bool given, Size element,
-                       const TileState<const T>& from, Size e, const TileState<T>& to) {
+NTM_FN void copy_state(const Team& team, const SequenceSizes& s, bool given, const TileState<const T>& from,
+                       const TileState<T>& to) {
     auto part = [&](Size size, const T* source, T* target) NTM_INLINE {
-        source += element * size, target += e * size;
         if (!given)
             clear(team, size, target);
         else if (source != target)

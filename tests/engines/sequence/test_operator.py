@@ -169,6 +169,3 @@ def test_bad_arguments_are_named() -> None:
     for wrong in (values[6][:-1], []):
         with pytest.raises(ValueError, match=f"weights must be 4 tensors for each layer.*got {len(wrong)}"):
             ops.ntm_sequence(*values[:6], wrong, *values[7:], **options)
-    for module in (ops, reference):
-        with pytest.raises(NotImplementedError, match="lengths"):
-            module.ntm_sequence(*values, **options, lengths=torch.tensor([1, 2]))

@@ -44,6 +44,9 @@ BEFORE_CALL = {
     ),
     "state in: read for write weights": (FORWARD, _swap("initial_read_weights", "initial_write_weights")),
     "state in: hidden for cell": (FORWARD, _swap("initial_hidden", "initial_cell")),
+    "no lengths": (FORWARD, _put("order", 0)),
+    "no lengths on the way back": (BACKWARD, _put("order", 0)),
+    "no lengths for the weights": ("ntm_sequence_weight_gradients", _put("order", 0)),
 }
 AFTER_CALL = {  # one number of the tensor is changed by a thousandth
     "grad_params": (BACKWARD, "grad_params"),
@@ -57,8 +60,10 @@ AFTER_CALL = {  # one number of the tensor is changed by a thousandth
     "an output": (FORWARD, "outputs"),
     "the final memory": (FORWARD, "final_memory"),
     "a cell": (FORWARD, "trail_cell"),
+    "the gradient of an input": (BACKWARD, "grad_inputs"),
 }
-ONLY_ON_THE_CPU = "an activated parameter", "an output"  # the native loop of the CPU alone makes these
+# The native loop of the CPU alone makes these.
+ONLY_ON_THE_CPU = "an activated parameter", "an output", "the gradient of an input", "no lengths for the weights"
 
 
 @pytest.mark.parametrize("fault", (None, *BEFORE_CALL, *AFTER_CALL))
@@ -79,7 +84,7 @@ def test_planted_faults_are_found(backend: Backend, poison: Poison, monkeypatch,
             number.from_address(values[AFTER_CALL[fault][1]]).value *= 1.001
 
     intercept(monkeypatch, wrong)
-    case = Case(checkpoint=2)
+    case = Case(checkpoint=2, lengths=(2, 7, 5) if fault and "lengths" in fault else None)
     if fault is None:
         check(case, backend, poison)
         return

@@ -15,6 +15,7 @@ from helpers.machines import NATIVE
 from helpers.sequences import Case, arguments, assert_same_bits, named, train
 from torch import Tensor
 
+from ntm_fast import native
 from ntm_fast.ops import sequence_kernels
 from ntm_fast.ops.sequence_plan import Trail
 
@@ -117,14 +118,22 @@ def test_under_torch_checkpoint(backend: Backend) -> None:
 
 @pytest.mark.parametrize(
     ("change", "shared"),
-    [({}, False), ({"layers": 2, "checkpoint": 2}, True), ({"controller": "gru", "layers": 2}, False)],
-    ids=("a state for each", "a state for all", "GRU"),
+    [
+        ({}, False),
+        ({"layers": 2, "checkpoint": 2}, True),
+        ({"controller": "gru", "layers": 2}, False),
+        ({"lengths": (1, 3)}, False),
+    ],
+    ids=("a state for each", "a state for all", "GRU", "lengths"),
 )
-def test_opcheck(backend: Backend, change: dict, shared: bool) -> None:
+def test_opcheck(backend: Backend, monkeypatch, change: dict, shared: bool) -> None:
     """torch.library.opcheck on the operator and on its backward: schema, fake and functionalisation."""
+    if "lengths" in change:  # of steps that are not taken the trail keeps what its memory held, which opcheck compares
+        monkeypatch.setattr(native, "empty", lambda like, shapes: [like.new_zeros(shape) for shape in shapes])
     case = Case(**{**dict(T=3, B=2, hidden=4, N=5, M=3, R=2), **change}, dtype=torch.float32)
     values, options = arguments(case, shared)
     options |= {"eps": 1e-8, "memory_checkpoint": 0 if case.checkpoint == "auto" else case.checkpoint}
+    options["lengths"] = None if case.lengths is None else torch.tensor(case.lengths, device=backend.device)
     schema = torch.ops.ntm_fast.ntm_sequence.default._schema.arguments
     positional = [options[argument.name] for argument in schema if argument.name in options]
     # The other checks, of autograd and functionalisation, see nothing of the backend: they are not repeated.

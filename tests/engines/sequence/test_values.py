@@ -47,6 +47,11 @@ CHANGES: list[dict[str, Any]] = [
     {"checkpoint": 6, "T": 20},
     {"checkpoint": 1, "T": 1},
     {"checkpoint": 4, "T": 9, "B": 9, "R": 2, "W": 2, "read_first": True, "layers": 3},
+    *({"lengths": lengths} for lengths in ((7, 7, 7), (1, 1, 1), (0, 0, 0), (2, 7, 0), (6, 3, 7))),
+    *({"lengths": (2, 7, 5), "loss": loss} for loss in ("outputs", "state")),
+    *({"lengths": (7, 1, 4, 0, 6, 2, 3), "B": 7, "checkpoint": k} for k in ("all", 2, 3, 5)),
+    {"lengths": (3, 5, 1, 7, 2, 4, 7, 0, 6, 7, 1, 3, 2, 5, 7, 6, 1), "B": 17, "R": 2, "W": 2, "given": False},
+    {"lengths": (5, 2, 5, 5, 0, 4, 1, 3, 5), "T": 5, "B": 9, "layers": 3, "hidden": 7, "checkpoint": 2},
 ]
 
 
@@ -67,6 +72,7 @@ def test_every_build_of_the_kernels(kernels: Backend, poison: Poison, controller
         {"B": 1, "hidden": 33, "layers": 2},
         {"B": 7, "hidden": 7, "layers": 3, "R": 2, "W": 2, "checkpoint": 2},
         {"B": 2, "hidden": 1, "N": 3, "M": 1, "read_first": True},
+        {"lengths": (3, 5, 1, 0, 5, 4, 2, 5, 1), "T": 5, "B": 9, "layers": 2, "R": 2, "checkpoint": 2},
     ):
         check(Case(controller, dtype=dtype, **change), kernels, poison)
 
@@ -83,13 +89,13 @@ def test_one_element_at_a_time(kernels: Backend, poison: Poison, controller: str
 def random_case(seed: int) -> Case:
     rng = random.Random(f"sequence-{seed}")
     S, dtype, T = rng.randrange(4), rng.choice((torch.float32, torch.float64)), rng.choice((1, 2, 7, 20))
-    given = rng.random() < 0.6
+    given, B = rng.random() < 0.6, rng.choice((1, 2, 7, 8, 9, 16, 17, 33))
     return Case(
         controller=rng.choice(NATIVE),
         layers=rng.choice((1, 1, 2, 3)),
         hidden=rng.choice((1, 7, 16, 33, 100)),
         T=T,
-        B=rng.choice((1, 2, 7, 8, 9, 16, 17, 33)),
+        B=B,
         I=rng.choice((1, 3, 9)),
         O=rng.choice((1, 4, 8)),
         N=rng.choice((2 * S + 1, 2 * S + 2, 15, 16, 17, 31, 64, 100)),
@@ -104,6 +110,7 @@ def random_case(seed: int) -> Case:
         memory_init="learned" if given else rng.choice(MEMORY_INITS),
         given=given,
         checkpoint=rng.choice(("auto", "all", 1, 2, 3, 5, T, 10 * T)),
+        lengths=tuple(rng.randrange(T + 1) for _ in range(B)) if rng.random() < 0.5 else None,
         dtype=dtype,
         seed=rng.randrange(2**20),
     )
@@ -141,6 +148,7 @@ def test_float32_over_a_copy_of_twenty(backend: Backend, controller: str, seed: 
         {"W": 2, "S": 0, "M": 1},
         {"clip": 1.0, "S": 2, "N": 5},
         {"given": False, "checkpoint": 2},
+        {"lengths": (1, 3), "checkpoint": 2},
     ],
     ids=str,
 )
@@ -156,7 +164,8 @@ def test_gradcheck(backend: Backend, controller: str, change: dict) -> None:
     def run(inputs: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         given, rest = tensors[: len(state)], tensors[len(state) :]
         start = NTMState(*given[:4], tuple(given[4:])) if given else None
-        outputs, final = torch.func.functional_call(ntm, dict(zip(names, rest)), (inputs, start))
+        called = dict(zip(names, rest)), (inputs, start), {"lengths": case.lengths}
+        outputs, final = torch.func.functional_call(ntm, *called)
         return outputs, *named(final).values()
 
     with backend.serves("ntm_sequence"):
