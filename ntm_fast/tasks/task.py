@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import Field
-from typing import Any, ClassVar, NamedTuple, Protocol, Union
+from typing import Any, Callable, ClassVar, NamedTuple, Protocol, Union
 
 import torch
 from torch import Tensor
@@ -18,10 +18,17 @@ class Batch(NamedTuple):
     inputs: Tensor  # (T, B, I)
     targets: Tensor  # (T, B, O); 0 where the mask is False
     mask: Tensor  # (T, B), bool: the steps whose outputs are the answer
+    lengths: Tensor | None = None  # (B,), integers: the steps of each sequence; None: all take T
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """Move to ``device`` and cast inputs and targets to ``dtype``."""
-        return Batch(self.inputs.to(device, dtype), self.targets.to(device, dtype), self.mask.to(device))
+        """Move to ``device`` and cast inputs and targets to ``dtype``. Lengths stay on the CPU, where they are
+        checked."""
+        inputs, targets = self.inputs.to(device, dtype), self.targets.to(device, dtype)
+        return Batch(inputs, targets, self.mask.to(device), self.lengths)
+
+    def through(self, model: Callable[..., Any]) -> Any:
+        """What a model gives for it, with ``lengths`` as an argument where sequences differ in length."""
+        return model(self.inputs) if self.lengths is None else model(self.inputs, lengths=self.lengths)
 
 
 class Task(Protocol):

@@ -187,14 +187,20 @@ def _check_fit(config: TrainConfig, task: Task, model: torch.nn.Module) -> None:
         "inputs": (steps, 1, task.input_size),
         "targets": (steps, 1, task.output_size),
         "mask": (steps, 1),
+        "lengths": (1,),
     }
     for name, tensor in batch._asdict().items():
-        if tensor.shape != expected[name]:
+        if tensor is not None and tensor.shape != expected[name]:
             shape = tuple(tensor.shape)
             raise RunError(f"task: got {config.task!r}, whose {name} have shape {shape}, expected {expected[name]}")
     try:
         with torch.no_grad():
-            outputs = model(batch.inputs)
+            outputs = batch.through(model)
+    except TypeError as error:
+        if batch.lengths is not None and "lengths" in str(error):
+            takes = f"which takes no lengths, expected one that does: those of the sequences of {config.task} differ"
+            raise RunError(f"model: got {config.model!r}, {takes}") from error
+        raise
     except RuntimeError as error:
         if str(error).startswith("engine="):  # the engine asked for cannot serve
             raise RunError(str(error)) from error

@@ -40,7 +40,7 @@ def mean_error(
         while seen < sequences and error < give_up_at * sequences:
             size = min(batch_size, sequences - seen)
             batch = task.batch(size, generator, **case).to(weight.device, weight.dtype)
-            outputs, _ = model(batch.inputs)
+            outputs, _ = batch.through(model)
             error += float(task.errors(outputs, batch))
             seen += size
     finally:

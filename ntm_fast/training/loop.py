@@ -143,7 +143,7 @@ def update(run: Run) -> None:
     config, progress = run.config, run.progress
     before = run.training.get_state()
     batch = run.task.batch(config.batch_size, run.training).to(run.parameters[0].device, run.parameters[0].dtype)
-    outputs, _ = run.model(batch.inputs)
+    outputs, _ = batch.through(run.model)
     loss = run.task.loss(outputs, batch)
     run.optimizer.zero_grad()
     loss.backward()

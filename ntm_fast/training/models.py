@@ -32,7 +32,8 @@ class Model(Protocol):
 
     def build(self, input_size: int, output_size: int, *, dtype: torch.dtype) -> nn.Module:
         """The untrained module, on the CPU: its ``forward`` takes inputs (T, B, I) and returns outputs (T, B, O) and
-        a state, which training does not look at. Random numbers come from torch's global generator, which is seeded.
+        a state, which training does not look at. Where a task's sequences differ in length, it also takes ``lengths``,
+        as :class:`FastNTM` does. Random numbers come from torch's global generator, which is seeded.
         """
         ...
 

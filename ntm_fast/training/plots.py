@@ -168,7 +168,9 @@ def memory_picture(path: Path, model: FastNTM, task: Task, batch: Batch, title: 
 def _first_sequence(model: nn.Module, batch: Batch) -> Batch:
     """The first sequence of ``batch``, where the model is."""
     weight = next(model.parameters())
-    return Batch(*(tensor[:, :1] for tensor in batch)).to(weight.device, weight.dtype)
+    steps = len(batch.inputs) if batch.lengths is None else int(batch.lengths[0])
+    first = Batch(batch.inputs[:steps, :1], batch.targets[:steps, :1], batch.mask[:steps, :1])
+    return first.to(weight.device, weight.dtype)
 
 
 def _panels(rows: list[Any], heights: list[float]) -> tuple[Figure, dict[str, Axes]]:

@@ -1,8 +1,13 @@
-"""Native code and torch share one pool of threads."""
+"""Native code and torch share one pool of threads, and their state."""
 
 from __future__ import annotations
 
+import pytest
+import torch
+from helpers.backends import CUDA_ON_HOST, Backend
 from helpers.processes import WORK, native_cpu, needs_proc, python
+
+from ntm_fast import ops
 
 
 @native_cpu
@@ -39,3 +44,37 @@ def test_kernels_use_as_many_threads_as_torch(tmp_path):
     code = f"import os, torch\ntorch.set_num_threads(4)\n{code}"
     code += "result = {'started': len(os.listdir('/proc/self/task')) - threads}"
     assert python(code, tmp_path)["started"] == 3
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_subnormals_are_zero_inside_and_the_process_is_left_as_it_was(kernels: Backend, dtype: torch.dtype) -> None:
+    """Products that are subnormal come out as 0, NaN and infinities as they are; torch's own go on as they were, on
+    every thread."""
+    if kernels.device != "cpu" or kernels is CUDA_ON_HOST:
+        pytest.skip("it is about the CPU's kernels")
+    tiny = torch.finfo(dtype).tiny
+    many = torch.full((1 << 20,), tiny, dtype=dtype)  # so many that torch takes all threads
+    memory = torch.full((64, 128, 20), tiny, dtype=dtype)
+    memory[0], memory[1] = torch.inf, torch.nan
+    weights = torch.zeros(64, 1, 128, dtype=dtype)
+    weights[..., 3] = 0.25
+    torch.set_num_threads(2)
+    found = []
+    for flushing in (False, True):
+        if not torch.set_flush_denormal(flushing):
+            pytest.skip("this processor cannot flush")
+        try:
+            before = bool((many * 0.5).all()), bool((many[:4] * 0.5).all())
+            for _ in range(3):
+                found.append(ops.read(memory, weights))
+            after = bool((many * 0.5).all()), bool((many[:4] * 0.5).all())
+        finally:
+            torch.set_flush_denormal(False)
+        assert before == after
+        assert before[1] is not flushing
+    for reads in found:
+        assert not reads[2:].any()
+        assert reads[1].isnan().all() and reads[0].isnan().all()  # 0 inf is NaN
+    vectors = torch.zeros(1, 1, 20, dtype=dtype), torch.ones(1, 1, 20, dtype=dtype)
+    infinite = ops.erase_add_write(memory[:1], weights[:1], *vectors)
+    assert infinite.isinf().all()

@@ -60,7 +60,7 @@ def test_options_of_task_and_model_have_their_places(name):
 
 def test_defaults_are_written():
     config = TrainConfig()
-    assert config.task_options == {"bits": 8, "min_length": 1, "max_length": 20}
+    assert config.task_options == {"bits": 8, "min_length": 1, "max_length": 20, "mixed_lengths": False}
     assert config.model_options == asdict(NTM()) and MODELS[config.model] is NTM
     assert {one.name for one in fields(StepOptions)} < config.model_options.keys()
 

@@ -107,7 +107,7 @@ def test_solves(tmp_path):
     assert all(tensors(tmp_path)[name].equal(weights[name]) for name in weights)
     config, model, task = load_run(tmp_path)
     assert config == EASY and task == CopyTask(bits=1, max_length=1)
-    assert config.task_options == {"bits": 1, "min_length": 1, "max_length": 1}
+    assert config.task_options == {"bits": 1, "min_length": 1, "max_length": 1, "mixed_lengths": False}
     assert mean_error(model, task, generator(9), 500) < 0.02
 
 
@@ -119,6 +119,21 @@ def test_other_controllers_and_float64(tmp_path, controller):
     summary = train(config, tmp_path, quiet=True)
     assert summary["solved"] is False and summary["sequences"] == 40
     assert tensors(tmp_path)["heads.weight"].dtype == torch.float64
+
+
+def test_sequences_of_different_lengths_in_a_batch(tmp_path):
+    """They train, are interrupted, and go on to the same end."""
+    config = replace(SMALL, task_options={"bits": 2, "max_length": 3, "mixed_lengths": True})
+    train(config, tmp_path / "whole", quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 11, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "run", quiet=True)
+    train(config, tmp_path / "run", resume=True, quiet=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    _, model, task = load_run(tmp_path / "run")
+    assert task.batch(9, generator(1)).lengths.unique().tolist() == [3, 5, 7]
+    assert 0 <= mean_error(model, task, generator(9), 20) <= 6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")

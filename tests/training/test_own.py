@@ -176,6 +176,7 @@ def test_own_model_and_own_loss(own, capsys):
         ("own:Echo --model own:Tensor", "model: got 'own:Tensor', which gives Tensor, expected a tuple of outputs"),
         ("own:Echo --model own:Nobody", "model: got 'own:Nobody', but"),
         ("own:Echo --model abacus", "model: got 'abacus', expected one of 'ntm' or 'module:Class'"),
+        ("copy --mixed-lengths --model own:Layers", "model: got 'own:Layers', which takes no lengths, expected one"),
         ("own:Echo --noisy 3", "unrecognized arguments: 3"),
     ],
 )

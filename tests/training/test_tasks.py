@@ -35,13 +35,36 @@ def test_copy_draws():
     lengths = []
     for _ in range(400):
         batch, again = task.batch(1, one), task.batch(1, other)
-        assert all(map(torch.equal, batch, again))
+        assert all(map(torch.equal, batch[:3], again[:3])) and batch.lengths is None
         lengths.append(len(batch.inputs) // 2)
     counts = [lengths.count(length) for length in range(2, 7)]
     assert sum(counts) == 400 and min(counts) > 50, counts
     before = torch.get_rng_state()
     task.batch(3, one)
     assert torch.get_rng_state().equal(before), "a draw came from the global generator"
+
+
+def test_copy_of_mixed_lengths():
+    """Each sequence is what it would be alone, then nothing."""
+    task = CopyTask(min_length=2, max_length=6, mixed_lengths=True)
+    one = generator(1)
+    met = set()
+    for _ in range(20):
+        batch = task.batch(7, one)
+        met |= set(batch.lengths.tolist())
+        for b, steps in enumerate(batch.lengths.tolist()):
+            length = steps // 2
+            inputs, targets, mask = (x[:, b] for x in batch[:3])
+            assert inputs[:length, :8].equal(targets[length + 1 : steps]) and inputs[length].tolist() == [0] * 8 + [1]
+            assert mask.tolist() == [length < t < steps for t in range(len(mask))]
+            assert not inputs[length + 1 :].any() and inputs[:, 8].count_nonzero() == 1
+            assert not targets[~mask].any()
+    assert met == {2 * length + 1 for length in range(2, 7)}
+    assert task.batch(7, one, length=4).lengths is None
+    # The published draw is what it was before there was a choice.
+    again = CopyTask(min_length=2, max_length=6).batch(7, generator(1))
+    length = int(torch.randint(2, 7, (), generator=generator(1)))
+    assert len(again.inputs) == 2 * length + 1
 
 
 def test_copy_refuses():
