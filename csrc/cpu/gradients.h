@@ -162,8 +162,8 @@ Error ntm_sequence_weight_gradients(Launch launch, SequenceSizes s, const Index*
     if (launch.needed) return nullptr;
     const Size shares = launch.threads, cost = s.T * s.B * s.gates() / shares;
     return parallel<T>(shares, cost, WeightGradients<T>::scratch(s, shares), launch, [=](auto, Size share, T* scratch) {
-        WeightGradients<T>{s,     {order, s.T, s.B}, inputs, initial,      trail, grad_outputs,
-                           grads, grad_initial,        sum,    grad_weights, share, shares,       scratch}
+        WeightGradients<T>{s,     {order, s}, inputs, initial,      trail, grad_outputs,
+                           grads, grad_initial, sum,   grad_weights, share, shares,       scratch}
             .all();
     });
 }

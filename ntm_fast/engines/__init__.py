@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
+from ..ops.serving import LOW_PRECISION, in_float32
 from ..spec import NTMState, SequenceOptions, SequenceTensors
 from . import sequence, step
 from .choose import Choice, choose_engine, explain
@@ -21,6 +22,13 @@ def run(
 
     ``records`` collects what a trace shows, step by step: as in :func:`reference.unroll`.
     """
+    dtype = x.heads_weight.dtype
+    if dtype in LOW_PRECISION and choice.engine != "reference":  # computed in float32, and rounded at the door
+        wide = SequenceTensors.unflatten(in_float32(x.flatten()), options.controller, x.lengths)
+        outputs, final = run(choice, wide, options, records)
+        if records is not None:
+            records[:] = [tuple(tensor.to(dtype) for tensor in step) for step in records]
+        return outputs.to(dtype), final.to(dtype)
     if choice.engine == "sequence" and records is None:
         return sequence.run(x, options)
     weight, bias = x.output_weight, x.output_bias

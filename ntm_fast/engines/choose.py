@@ -8,7 +8,7 @@ import torch
 
 from .. import native, ops
 from ..ops.sequence import why_no_sequence
-from ..ops.serving import why_not_native
+from ..ops.serving import LOW_PRECISION, why_not_native
 from ..spec import NTMConfig
 from . import step
 
@@ -28,6 +28,7 @@ class Choice(NamedTuple):
 def choose_engine(config: NTMConfig, device: torch.device, dtype: torch.dtype) -> Choice:
     """The engine for a machine on this device. Raises RuntimeError where ``engine=`` forces one that cannot serve."""
     reasons: dict[str, str] = {}
+    dtype = _computed_in(dtype)
     for engine in ("sequence", "step"):
         reason = _why_not(engine, config, device, dtype)
         if reason is None:
@@ -38,6 +39,11 @@ def choose_engine(config: NTMConfig, device: torch.device, dtype: torch.dtype) -
     if config.engine == "auto":
         native.warn_once(device.type)
     return Choice("reference", reasons)
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a module of this dtype computes in, on the native engines."""
+    return torch.float32 if dtype in LOW_PRECISION else dtype
 
 
 def _why_not(engine: str, config: NTMConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -80,7 +86,7 @@ def explain(
     if module is not None and not isinstance(config, NTMConfig):
         raise TypeError(f"module: got {type(module).__name__}, expected a FastNTM or NTMCell")
     if config is not None:
-        reasons["ntm_sequence"] = why_no_sequence(device, dtype, config.controller, lambda: config)
+        reasons["ntm_sequence"] = why_no_sequence(device, _computed_in(dtype), config.controller, lambda: config)
     found = {name: "native" if reason is None else f"reference: {reason}" for name, reason in reasons.items()}
     if config is None:
         return found

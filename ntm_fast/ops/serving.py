@@ -39,10 +39,12 @@ def left_alone(tensors: Iterable[Tensor] = ()) -> bool:
     return not (watched(tensors) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or transforming())
 
 
+LOW_PRECISION = torch.float16, torch.bfloat16
+
+
 def in_float32(tensors: Sequence[Any]) -> tuple[Any, ...]:
     """What autocast computes with: tensors in low precision as float32, the others as they are."""
-    low = (torch.float16, torch.bfloat16)
-    return tuple([x.float() if isinstance(x, Tensor) and x.dtype in low else x for x in tensors])
+    return tuple([x.float() if isinstance(x, Tensor) and x.dtype in LOW_PRECISION else x for x in tensors])
 
 
 def call(

@@ -94,7 +94,7 @@ struct SequenceBackwardPass : ElementSizes {
                                 const SequenceTrail<const T>& trail, const T* grad_outputs,
                                 const SequenceState<const T>& grad_final, const SequenceState<T>& grad,
                                 const SequenceGrads<T>& out, T* grad_inputs, T* segment)
-        : ElementSizes(s), crew(crew), s(s), o(o), first(first), tile(tile), order{order, s.T, s.B}, w(w),
+        : ElementSizes(s), crew(crew), s(s), o(o), first(first), tile(tile), order{order, s}, w(w),
           initial(initial), final_memory(final_memory), trail(trail), grad_outputs(grad_outputs),
           grad_final(grad_final), grad(grad), out(out), grad_inputs(grad_inputs), segment(segment) {}
 

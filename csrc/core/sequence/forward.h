@@ -78,7 +78,7 @@ struct SequencePass : ElementSizes {
                         const Index* order, bool keep, const SequenceWeights<T, Weight>& w, const T* inputs,
                         T* outputs, const SequenceState<const T>& initial, const SequenceState<T>& final,
                         const SequenceTrail<T>& trail)
-        : ElementSizes(s), crew(crew), s(s), o(o), first(first), tile(tile), order{order, s.T, s.B}, keep(keep),
+        : ElementSizes(s), crew(crew), s(s), o(o), first(first), tile(tile), order{order, s}, keep(keep),
           w(w), inputs(inputs), outputs(outputs), initial(initial), final(final), trail(trail) {}
 
     NTM_FN void run() {

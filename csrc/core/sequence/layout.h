@@ -38,11 +38,10 @@ struct SequenceSizes {
 struct SequenceOrder {
     const Index* lengths;  // [2, B]: in this order how many steps an element takes, and its number in the batch; or
                            // nullptr: all take T, and the order is the batch's own
-    Index T;
-    Size B;
+    const SequenceSizes& s;
 
-    NTM_FN Index length(Size p) const { return lengths ? lengths[p] : T; }
-    NTM_FN Size number(Size p) const { return lengths ? lengths[B + p] : p; }
+    NTM_FN Index length(Size p) const { return lengths ? lengths[p] : s.T; }
+    NTM_FN Size number(Size p) const { return lengths ? lengths[s.B + p] : p; }
     // How many of the n elements from first on take step t.
     NTM_FN Index taking(Index t, Size first, Index n) const {
         if (lengths)
