@@ -258,9 +258,37 @@ LAYERS: dict[str, Callable[[Any, Sequence[Tensor]], Callable[..., tuple[Tensor, 
 }
 
 
-def _unless(over: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[Tensor, ...]:
+Step = Callable[[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]
+
+
+def controller_step(kernels: Any, controller: str, weights: Sequence[Tensor]) -> Step:
+    """A step of all layers: x (B, inputs), the states of the layers in a row, each (B, H) -> the last layer's hidden
+    state, and the new states."""
+    kind = CONTROLLERS[controller]
+    layers = [LAYERS[controller](kernels, own) for own in by_layer(weights, len(kind.weights))]
+    count = len(kind.state)
+
+    def step(x: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        found: list[Tensor] = []
+        for index, layer in enumerate(layers):
+            x, *rest = layer(x, *states[index * count : (index + 1) * count])
+            found += (x, *rest)[:count]
+        return x, found
+
+    return step
+
+
+def _module_step(
+    controller: Callable[..., Any], count: int, x: Tensor, states: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The same by a module, whose state has ``count`` tensors (L, B, H)."""
+    hidden, state = controller(x, tuple(torch.stack(states[i::count]) for i in range(count)))
+    return hidden, [tensor[layer] for layer in range(len(states) // count if count else 0) for tensor in state]
+
+
+def _unless(over: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
     """``new``, but ``old`` for the sequences (B,) that are over; tensors (B, ...)."""
-    return tuple(torch.where(over.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in zip(new, old))
+    return [torch.where(over.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in zip(new, old)]
 
 
 def unroll(
@@ -278,27 +306,30 @@ def unroll(
     controller: str = "lstm",
     records: list | None = None,
     lengths: Tensor | None = None,
+    call_controller: Callable[..., Any] | None = None,
+    call_heads: Callable[[Tensor], Tensor] | None = None,
     **options,
 ) -> tuple:
     """:func:`ntm_sequence` up to its output layer, step by step around ``kernels``, which has ``memory_step`` and the
     gates: :mod:`ops` or this module -> features (T, B, H + R M), the last layer's h_t and r_t, and the final state.
     ``records`` collects each step's read weights, write weights, reads and raw head parameters. ``lengths`` (B,): a
-    step that a sequence does not take leaves its state, and its features are 0.
+    step that a sequence does not take leaves its state, and its features are 0. ``call_controller`` and ``call_heads``
+    take the place of these weights: functions of x (B, inputs) and the controller's state, each (L, B, H), -> the
+    hidden state (B, H) and the state; and of the hidden state -> raw head parameters (B, P).
     """
-    kind = CONTROLLERS[controller]
-    layers = [LAYERS[controller](kernels, own) for own in by_layer(weights, len(kind.weights))]
-    states = [tuple(tensor[layer] for tensor in state) for layer in range(len(layers))]
+    if call_controller is None:
+        step = controller_step(kernels, controller, weights)
+    else:
+        step = functools.partial(_module_step, call_controller, len(state))
+    states = [tensor[layer] for layer in range(len(state[0]) if state else 0) for tensor in state]
     features: list[Tensor] = []
     over = None if lengths is None else ended(lengths, len(inputs))
-    if over is not None:
-        inputs = inputs.masked_fill(over.unsqueeze(-1), 0)  # what is not looked at may be NaN
+    inputs = without_ended(inputs, lengths)  # what is not looked at may be NaN
     for t, x in enumerate(inputs.unbind(0)):
         hidden = torch.cat([x, reads.flatten(1)], 1)
-        for layer, step in enumerate(layers):
-            hidden, *rest = step(hidden, *states[layer])
-            new = (hidden, *rest)[: len(state)]
-            states[layer] = new if over is None else _unless(over[t], new, states[layer])
-        params = F.linear(hidden, heads_weight, heads_bias)
+        hidden, new = step(hidden, states)
+        states = new if over is None else _unless(over[t], new, states)
+        params = F.linear(hidden, heads_weight, heads_bias) if call_heads is None else call_heads(hidden)
         before = reads, memory, read_weights, write_weights
         after = kernels.memory_step(*before[1:], params, **options)
         reads, memory, read_weights, write_weights = after if over is None else _unless(over[t], after, before)
@@ -308,9 +339,9 @@ def unroll(
     # (B, T (H + R M)), then time first: one copy instead of one per step
     width = hidden.shape[1] + reads.shape[1] * reads.shape[2]
     stacked = torch.cat(features, 1).view(inputs.shape[1], inputs.shape[0], width).transpose(0, 1)
-    if over is not None:
-        stacked = stacked.masked_fill(over.unsqueeze(-1), 0)
-    return stacked, memory, read_weights, write_weights, reads, tuple(torch.stack(tensors) for tensors in zip(*states))
+    stacked = without_ended(stacked, lengths)
+    final = tuple(torch.stack(states[i :: len(state)]) for i in range(len(state)))
+    return stacked, memory, read_weights, write_weights, reads, final
 
 
 def ntm_sequence(
@@ -429,5 +460,9 @@ def ended(lengths: Tensor, steps: int) -> Tensor:
 
 def output_layer(features: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor | None = None) -> Tensor:
     """features (T, B, F) -> outputs (T, B, O), 0 at steps that a sequence does not take."""
-    outputs = F.linear(features, weight, bias)
-    return outputs if lengths is None else outputs.masked_fill(ended(lengths, len(features)).unsqueeze(-1), 0)
+    return without_ended(F.linear(features, weight, bias), lengths)
+
+
+def without_ended(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (T, B, ...), with 0 at steps that a sequence does not take."""
+    return x if lengths is None else x.masked_fill(ended(lengths, len(x)).unsqueeze(-1), 0)

@@ -6,10 +6,6 @@
 #include <cstddef>
 #include <new>
 
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
-
 #include "cpu/thread.h"
 #include "operators.h"
 
@@ -65,9 +61,9 @@ constexpr Error out_of_memory = "ntm_fast: out of memory for the scratch of the 
 class FlushedSubnormals {
 public:
 #if defined(__SSE2__)
-    FlushedSubnormals() : found(_mm_getcsr()) { _mm_setcsr(found | 0x8040); }  // flush to zero, denormals are zeros
-    ~FlushedSubnormals() { _mm_setcsr(found); }
-    const unsigned found;
+    FlushedSubnormals() { __builtin_ia32_ldmxcsr(found | 0x8040); }  // results to zero, operands to zero
+    ~FlushedSubnormals() { __builtin_ia32_ldmxcsr(found); }
+    const unsigned found = __builtin_ia32_stmxcsr();
 #elif defined(__aarch64__)
     FlushedSubnormals() {
         asm volatile("mrs %0, fpcr" : "=r"(found));

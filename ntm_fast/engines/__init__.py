@@ -3,27 +3,44 @@
 
 from __future__ import annotations
 
+from typing import Any, Callable, NamedTuple
+
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
 from ..ops.serving import LOW_PRECISION, in_float32
 from ..spec import NTMState, SequenceOptions, SequenceTensors
 from . import sequence, step
 from .choose import Choice, choose_engine, explain
 from .graphs import empty_cache
 
-__all__ = ["Choice", "choose_engine", "empty_cache", "explain", "run"]
+__all__ = ["Called", "Choice", "choose_engine", "empty_cache", "explain", "run"]
+
+
+class Called(NamedTuple):
+    """The parts of a machine that are called as modules, because something must see the calls; the others are None,
+    and computed from their weights."""
+
+    controller: Callable[..., Any] | None = None
+    heads: Callable[[Tensor], Tensor] | None = None
+    output: Callable[[Tensor], Tensor] | None = None
 
 
 def run(
-    choice: Choice, x: SequenceTensors, options: SequenceOptions, records: list | None = None
+    choice: Choice,
+    x: SequenceTensors,
+    options: SequenceOptions,
+    records: list | None = None,
+    called: Called | None = None,
 ) -> tuple[Tensor, NTMState]:
     """Run ``x``, which has been checked, on the chosen engine -> outputs (T, B, O), final state.
 
-    ``records`` collects what a trace shows, step by step: as in :func:`reference.unroll`.
+    ``records`` collects what a trace shows, step by step: as in :func:`reference.unroll`. ``called``: only the step
+    engine and the reference serve; of the parts that are called ``x`` needs no weights.
     """
-    dtype = x.heads_weight.dtype
-    if dtype in LOW_PRECISION and choice.engine != "reference":  # computed in float32, and rounded at the door
+    dtype = x.inputs.dtype
+    if dtype in LOW_PRECISION and choice.engine != "reference" and called is None:
+        # Computed in float32, and rounded at the door.
         wide = SequenceTensors.unflatten(in_float32(x.flatten()), options.controller, x.lengths)
         outputs, final = run(choice, wide, options, records)
         if records is not None:
@@ -32,12 +49,16 @@ def run(
     if choice.engine == "sequence" and records is None:
         return sequence.run(x, options)
     weight, bias = x.output_weight, x.output_bias
-    assert weight is not None and bias is not None
     without = x._replace(output_weight=None, output_bias=None)
-    if choice.engine == "reference":
-        own = {**options.keywords(), "records": records, "lengths": x.lengths}
-        features, *state = reference.unroll(reference, *without.arguments(), **own)
+    calls = {"call_controller": called.controller, "call_heads": called.heads} if called else {}
+    if choice.engine == "reference" or any(calls.values()):
+        kernels = reference if choice.engine == "reference" else ops
+        own = {**options.keywords(), "records": records, "lengths": x.lengths, **calls}
+        features, *state = reference.unroll(kernels, *without.arguments(), **own)
         final = NTMState(*state)
     else:
         features, final = step.run(without, options, records)
+    if called and called.output is not None:
+        return reference.without_ended(called.output(features), x.lengths), final
+    assert weight is not None and bias is not None
     return reference.output_layer(features, weight, bias, x.lengths), final

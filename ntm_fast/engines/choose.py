@@ -25,12 +25,17 @@ class Choice(NamedTuple):
         return "; ".join([self.engine, *(f"not {name}: {reason}" for name, reason in self.reasons.items())])
 
 
-def choose_engine(config: NTMConfig, device: torch.device, dtype: torch.dtype) -> Choice:
-    """The engine for a machine on this device. Raises RuntimeError where ``engine=`` forces one that cannot serve."""
+def choose_engine(
+    config: NTMConfig, device: torch.device, dtype: torch.dtype, called: dict[str, str] | None = None
+) -> Choice:
+    """The engine for a machine on this device. ``called``: the parts whose calls something must see, and what.
+
+    Raises RuntimeError where ``engine=`` forces one that cannot serve.
+    """
     reasons: dict[str, str] = {}
     dtype = _computed_in(dtype)
     for engine in ("sequence", "step"):
-        reason = _why_not(engine, config, device, dtype)
+        reason = _why_not(engine, config, device, dtype, called)
         if reason is None:
             return Choice(engine, reasons)
         if config.engine == engine:
@@ -46,12 +51,16 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in LOW_PRECISION else dtype
 
 
-def _why_not(engine: str, config: NTMConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not(
+    engine: str, config: NTMConfig, device: torch.device, dtype: torch.dtype, called: dict[str, str] | None
+) -> str | None:
     """Why this engine is not taken; None when it is."""
     if config.engine not in ("auto", engine):
         return f"engine={config.engine!r} was asked for"
     if engine == "step":
         return why_not_native(device, dtype, "memory_step")
+    if called:
+        return "it would go past " + ", and ".join(f"{name}, which {what}" for name, what in called.items())
     if config.engine == "auto" and _faster_in_steps(config, device):
         return (
             f"on CUDA the step engine is faster for a controller of more than {LARGEST_HIDDEN} units, "
@@ -91,6 +100,7 @@ def explain(
     if config is None:
         return found
     try:
-        return {**found, "engine": str(choose_engine(config, device, dtype))}
+        called = module._called_parts() if module is not None else None  # type: ignore[operator]
+        return {**found, "engine": str(choose_engine(config, device, dtype, called))}
     except RuntimeError as error:  # the engine asked for cannot serve
         return {**found, "engine": f"none: {error}"}

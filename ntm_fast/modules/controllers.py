@@ -11,6 +11,7 @@ from typing import Iterable
 import torch
 from torch import Tensor, nn
 
+from .. import ops, reference
 from ..spec import CONTROLLERS
 
 
@@ -67,6 +68,16 @@ class Controller(nn.Module):
     def weights(self) -> list[Tensor]:
         """The weights and biases, layer by layer, as :func:`ops.ntm_sequence` takes them."""
         return parameters(self, self.weight_names)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One step: x (B, input_size), state each (layers, B, hidden) -> the last layer's hidden state, the state.
+
+        The engines compute the same from the weights. They call this where hooks or a subclass must see the call.
+        """
+        count = len(state)
+        step = reference.controller_step(ops, self.kind, self.weights())
+        hidden, new = step(x, [tensor[layer] for layer in range(self.num_layers) for tensor in state])
+        return hidden, tuple(torch.stack(new[index::count]) for index in range(count))
 
     def extra_repr(self) -> str:
         return f"{self.kind!r}, {self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"

@@ -14,6 +14,7 @@ from .. import engines, native, reference
 from ..engines import sequence
 from ..ops.serving import left_alone
 from ..spec import CONTROLLERS, EPS, NTMConfig, NTMState, NTMTrace, SequenceTensors
+from .called import checked, parts_to_call
 from .checks import check_inputs, check_state, check_tensors
 from .controllers import Controller, parameters
 
@@ -63,7 +64,7 @@ class _NTM(nn.Module):
         self.initial_reads = nn.Parameter(torch.empty(r, m, **factory))
         self.initial_read_weights = nn.Parameter(torch.empty(r, n, **factory))  # logits
         self.initial_write_weights = nn.Parameter(torch.empty(w, n, **factory))  # logits
-        self._weight_shapes = [tuple(weight.shape) for weight in self._weights()[:-2]]
+        self._weight_shapes = [tuple(weight.shape) for weight in self._weights({})[:-2]]
         self.reset_parameters()
 
     @torch.no_grad()
@@ -95,6 +96,9 @@ class _NTM(nn.Module):
 
     def _shared_state(self) -> NTMState:
         """The state before the first step, without a batch dimension."""
+        if not hasattr(self.controller, "initial_state"):
+            kind = type(self.controller).__name__
+            raise TypeError(f"controller: got {kind}, expected a module with forward(x, state) and initial_state()")
         return NTMState(
             memory=self.initial_memory,
             read_weights=self.initial_read_weights.softmax(-1),
@@ -103,30 +107,48 @@ class _NTM(nn.Module):
             controller=self.controller.initial_state(),
         )
 
-    def _weights(self) -> list[Tensor]:
-        """The controller's, layer by layer, then weight and bias of the heads and of the output layer."""
-        modules = self._modules  # past the search of nn.Module, as parameters are
-        controller, heads, output = modules["controller"], modules["heads"], modules["output"]
-        return [*controller.weights(), *_linear(heads), *_linear(output)]  # type: ignore
+    def _called_parts(self) -> dict[str, str]:
+        """The parts that must be called as modules, and why: a hook or a forward of its own must see the calls.
 
-    def _check_weights(self, weights: list[Tensor]) -> None:
+        Of the others, the engines compute what the call would, from the weights.
+        """
+        return parts_to_call(self._modules)
+
+    def _weights(self, called: dict[str, str]) -> list[Tensor]:
+        """The controller's, layer by layer, then weight and bias of the heads and of the output layer. None for those
+        of parts that are called."""
+        modules = self._modules  # past the search of nn.Module, as parameters are
+        controller = [] if called and "controller" in called else modules["controller"].weights()  # type: ignore
+        heads = [None, None] if called and "heads" in called else _linear(modules["heads"])  # type: ignore
+        output = [None, None] if called and "output" in called else _linear(modules["output"])  # type: ignore
+        return [*controller, *heads, *output]
+
+    def _check_weights(self, weights: list[Tensor], weight: Tensor) -> None:
         """That what may have been put in the place of a weight fits; the output layer may have another size."""
-        outputs = tuple(weights[-2].shape[:1])
-        shapes = [*self._weight_shapes, (*outputs, self.ntm_config.features_size), outputs]
+        outputs = tuple(weights[-2].shape[:1]) if weights[-2] is not None else ()
+        layers = len(weights) - 4  # weights of the controller; none where it is called
+        fixed = [*self._weight_shapes[:layers], *self._weight_shapes[-2:]]
+        shapes = [*fixed, (*outputs, self.ntm_config.features_size), outputs]
 
         def name(index: int) -> str:
             linear = "heads.weight", "heads.bias", "output.weight", "output.bias"
-            return [*(f"controller.{own}" for own in self.controller.weight_names), *linear][index]
+            return linear[index - layers] if index >= layers else f"controller.{self.controller.weight_names[index]}"
 
-        check_tensors(weights, shapes, weights[-4], name)
+        if weights[-4] is None or weights[-2] is None:
+            there = [index for index, tensor in enumerate(weights) if tensor is not None]
+            own, own_shapes = [weights[index] for index in there], [shapes[index] for index in there]
+            check_tensors(own, own_shapes, weight, lambda index: name(there[index]))
+        else:
+            check_tensors(weights, shapes, weight, name)
 
     def _forward(
         self, inputs: Tensor, state: NTMState | None, records: list | None = None, lengths: Any = None
     ) -> tuple[Tensor, NTMState]:
         """Check, run and shape as the inputs are. ``records`` collects what a trace shows."""
-        weights = self._weights()
+        called = self._called_parts()
+        weights = self._weights(called)
         key = None  # under which to remember the call
-        plain = records is None and lengths is None
+        plain = records is None and lengths is None and not called
         if plain and type(state) is NTMState and type(state.controller) is tuple and self._may_repeat():
             # What is checked and chosen depends on the configuration and on how tensors lie. Where these have been met
             # before, only the computing is left, which is little of a streamed step.
@@ -139,22 +161,23 @@ class _NTM(nn.Module):
                     return repeated(inputs, addresses)
                 if repeated is None:  # not to be repeated, as has been found out
                     key = None
-        weight, config = weights[-4], self.ntm_config
+        weight, config = self.initial_reads if "heads" in called else weights[-4], self.ntm_config
         inputs, batched = self._enter(inputs, weight)
         if lengths is not None:
             if not batched:
                 raise ValueError("lengths: got lengths for an unbatched sequence, which takes all its steps")
             lengths = reference.check_lengths(lengths, inputs.shape[0], inputs.shape[1], inputs.device)
-        self._check_weights(weights)
+        self._check_weights(weights, weight)
         if state is not None:
             check_state(config, state, tuple(inputs.shape[1:2]) if batched else (), weight)
             state = state if batched else state.batched()
-        choice = engines.choose_engine(config, weight.device, weight.dtype)
+        choice = engines.choose_engine(config, weight.device, weight.dtype, called)
         if state is None:
             state = self._first_state(inputs.shape[1], weight, shared=choice.engine == "sequence" and records is None)
         x = SequenceTensors(inputs, state, tuple(weights[:-4]), *weights[-4:])._replace(lengths=lengths)
         options = config.sequence_options()
-        results = self._leave(*engines.run(choice, x, options, records), batched)
+        parts = checked(self.ntm_config, self._modules, called) if called else None
+        results = self._leave(*engines.run(choice, x, options, records, parts), batched)
         if key is not None and choice.engine == "sequence":
             sequence.remember(key, x, options, *results)
         return results
@@ -327,7 +350,7 @@ class FastNTM(_NTM):
         padded, own = pad_packed_sequence(PackedSequence(data, batch_sizes), batch_first=first)  # the longest first
         if state is not None and order is not None:
             batch = (len(own),)
-            check_state(self.ntm_config, state, batch, self._weights()[-4])
+            check_state(self.ntm_config, state, batch, self.initial_reads)
             state = state.take(order)
         outputs, final = self._forward(padded, state, lengths=own)
         packed = pack_padded_sequence(outputs, own, batch_first=first)
