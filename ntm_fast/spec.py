@@ -15,6 +15,8 @@ import numbers
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
+import torch
+import torch.utils._pytree
 from torch import Tensor
 
 EPS = 1e-8  # every operator's default
@@ -318,6 +320,11 @@ class NTMState(NamedTuple):
         memory, read_weights, write_weights, reads = [function(tensor) for tensor in self[:4]]
         controller = tuple([of_controller(tensor) for tensor in self.controller])
         return NTMState(memory, read_weights, write_weights, reads, controller)
+
+
+# So that a saved state loads with weights_only=True, and torch.export.save takes programs that return states.
+torch.serialization.add_safe_globals([NTMState])
+torch.utils._pytree._register_namedtuple(NTMState, serialized_type_name="ntm_fast.NTMState")
 
 
 class NTMTrace(NamedTuple):

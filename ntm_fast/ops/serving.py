@@ -70,6 +70,8 @@ def serve(served: Served, tensors: Sequence[Tensor], options: dict[str, Any]) ->
     """Compute from checked arguments: on the native kernels, or on the reference under a transform."""
     if transforming():
         return served.twin(*tensors, **options)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    # An exported program is for inference: with a graph it would keep what a backward needs, for none that runs.
+    graph = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    if graph and any(tensor.requires_grad for tensor in tensors):
         return served.apply(*tensors, *options.values())
     return served.plain(*tensors, *options.values())
