@@ -39,7 +39,7 @@ def run(
     engine and the reference serve; of the parts that are called ``x`` needs no weights.
     """
     dtype = x.inputs.dtype
-    if dtype in LOW_PRECISION and choice.engine != "reference" and called is None:
+    if dtype in LOW_PRECISION and choice.engine != "reference":
         # Computed in float32, and rounded at the door.
         wide = SequenceTensors.unflatten(in_float32(x.flatten()), options.controller, x.lengths)
         outputs, final = run(choice, wide, options, records)

@@ -33,7 +33,8 @@ def choose_engine(
     Raises RuntimeError where ``engine=`` forces one that cannot serve.
     """
     reasons: dict[str, str] = {}
-    dtype = _computed_in(dtype)
+    if not called:  # parts that are called take and give the module's own dtype
+        dtype = _computed_in(dtype)
     for engine in ("sequence", "step"):
         reason = _why_not(engine, config, device, dtype, called)
         if reason is None:

@@ -239,7 +239,8 @@ def _weight_gradients(
 ) -> tuple[NTMState, list[Tensor]]:
     """By the native code -> the gradients of the initial state, summed over the batch where it is shared, and of the
     weights. ``fed``: inputs, and what the first step was fed, in the native order."""
-    initial = native_state(fed.initial)
+    memory, *others = fed.initial.flatten()
+    initial = NTMState.unflatten([memory, *contiguous(others)])  # the memory is not used
     inputs, sums = fed.inputs.contiguous(), grad
     shapes: list[tuple[int, ...]] = [weight.shape for weight in weights]
     if p.shared:

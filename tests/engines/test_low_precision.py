@@ -78,3 +78,17 @@ def test_served_by_the_native_code(backend: Backend, controller: str) -> None:
     with torch.autocast(torch.device(backend.device).type, torch.float16), backend.serves("ntm_sequence"):
         outputs, _ = ntm(inputs)
     assert outputs.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("part", ("controller", "heads", "output"))
+def test_parts_that_are_called_stay_in_the_dtype(backend: Backend, part: str) -> None:
+    ntm = make(engine="auto", dtype=torch.float32).to(backend.device, torch.bfloat16)
+    inputs = some(5, 2, 3, dtype=torch.bfloat16).to(backend.device)
+    want, _ = ntm(inputs)
+    seen = []
+    getattr(ntm, part).register_forward_hook(lambda module, given, found: seen.append(given[0].dtype))
+    with backend.serves():
+        outputs, state = ntm(inputs)
+    assert outputs.dtype is torch.bfloat16 and set(seen) == {torch.bfloat16}
+    torch.testing.assert_close(outputs, want, rtol=0.1, atol=0.1)  # rounded at every step
+    assert "not for torch.bfloat16" in ntm_fast.explain(backend.device, torch.bfloat16, ntm)["engine"]
