@@ -118,9 +118,10 @@ class _NTM(nn.Module):
         """The controller's, layer by layer, then weight and bias of the heads and of the output layer. None for those
         of parts that are called."""
         modules = self._modules  # past the search of nn.Module, as parameters are
+        none: Any = [None, None]
         controller = [] if called and "controller" in called else modules["controller"].weights()  # type: ignore
-        heads = [None, None] if called and "heads" in called else _linear(modules["heads"])  # type: ignore
-        output = [None, None] if called and "output" in called else _linear(modules["output"])  # type: ignore
+        heads = none if called and "heads" in called else _linear(modules["heads"])  # type: ignore
+        output = none if called and "output" in called else _linear(modules["output"])  # type: ignore
         return [*controller, *heads, *output]
 
     def _check_weights(self, weights: list[Tensor], weight: Tensor) -> None:

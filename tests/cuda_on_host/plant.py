@@ -96,13 +96,13 @@ SITES = [
     ),
     (
         "core/sequence/backward.h",
-        "if (step == order.length(p)) return",
-        'if (step == (PLANTED("the last memory after step T alone") ? s.T : order.length(p))) return',
+        "is_last(e) ? final_memory",
+        '(PLANTED("the last memory after step T alone") ? t + 1 == s.T : is_last(e)) ? final_memory',
     ),
     (
         "core/sequence/backward.h",
-        "if (t + 1 == order.length(first + e)) fetch",
-        'if (t + 1 == (PLANTED("what was left is fetched at step T alone") ? s.T : order.length(first + e))) fetch',
+        "const bool last = is_last(e);",
+        'const bool last = PLANTED("what was left is fetched at step T alone") ? t + 1 == s.T : is_last(e);',
     ),
     ("cuda/plan.h", "few * d.unstaged * d.real}", '(few - PLANTED("workspace too small")) * d.unstaged * d.real}'),
 ]

@@ -80,13 +80,11 @@ struct SequenceBackwardPass : ElementSizes {
     T* const segment;
 
     const Frame laid_once = laid(tile);
-    const Index longest = order.length(first);
-    Index t = longest - 1;
-    Index E = tile;    // of the tile's elements so many took step t: they are the first
+    Index t = order.length(first) - 1;
     Index normed = 0;  // of so many, the first, frame().norms belong to the memories that step t left
     // Step t is in the segment of steps from begin to end. Memory number `kept` is the one before step begin; number 0
     // is the initial one.
-    Index kept = t / s.every, begin = kept * s.every, end = longest;
+    Index kept = t / s.every, begin = kept * s.every, end = t + 1;
 
     NTM_FN SequenceBackwardPass(const Crew& crew, const SequenceSizes& s, const StepOptions& o, Size first, Index tile,
                                 const Index* order, const SequenceWeights<T, Weight>& w,
@@ -101,7 +99,6 @@ struct SequenceBackwardPass : ElementSizes {
     NTM_FN void run() {
         begin_grad();
         for (; t >= 0; --t) {
-            E = order.taking(t, first, tile);
             if (t < begin) end = begin, begin -= s.every, --kept;
             if (t + 1 == end) rewrite_segment();
             if constexpr (Crew::takes_ends) through_outputs();
@@ -123,6 +120,9 @@ struct SequenceBackwardPass : ElementSizes {
         }
         end_grad();
     }
+
+    // Of the tile's elements so many took step t: they are the first.
+    NTM_FN Index taking() const { return order.taking(crew.again(t), first, tile); }
 
     // --- where things are ---
 
@@ -168,14 +168,16 @@ struct SequenceBackwardPass : ElementSizes {
     }
 
     NTM_FN TileState<const T> start_of(Index e) const { return initial_of(s, initial, order.number(first + e)); }
-    // The memory before a step of this segment or after its last.
+    // The memory that element e found at a step of this segment, or at the next one's first.
     NTM_FN const T* memory_before(Index step, Index e) const {
         const Size p = first + e;
-        if (step == order.length(p)) return final_memory + order.number(p) * MN;
         if (step == 0) return start_of(e).memory;
         if (step == begin || step == end) return trail.memory + ((kept - (step == begin)) * s.B + p) * MN;
         return segment + (e * s.every + step - begin) * MN;
     }
+
+    // Whether step t was the last that element e took.
+    NTM_FN bool is_last(Index e) const { return t + 1 == order.length(first + e); }
 
     // place is in an array with n numbers for every element and step: fetches those of `back` steps before.
     template <class Team>
@@ -240,11 +242,11 @@ struct SequenceBackwardPass : ElementSizes {
     // The features' gradient, through the output layer.
     NTM_FN void through_outputs() const {
         const Frame& f = frame();
-        crew.elements(E, [&](const auto& team, Index e, Index) NTM_INLINE {
+        crew.elements(taking(), [&](const auto& team, Index e, Index) NTM_INLINE {
             clear(team, H + F, f.dfeatures + e * (H + F));
             fetch_earlier(team, s.O, at(s, grad_outputs, s.O, 0, t, first + e), 1);
         });
-        crew.product(E, s.O, H + F, at(s, grad_outputs, s.O, 0, t, first), w.output, f.dfeatures);
+        crew.product(taking(), s.O, H + F, at(s, grad_outputs, s.O, 0, t, first), w.output, f.dfeatures);
     }
 
     // What a step found and what it left.
@@ -256,7 +258,7 @@ struct SequenceBackwardPass : ElementSizes {
         const Size b = first + e;
         const TileState<const T> start = start_of(e);
         return {memory_before(t, e),
-                memory_before(t + 1, e),
+                is_last(e) ? final_memory + order.number(b) * MN : memory_before(t + 1, e),
                 t ? at(s, trail.read_weights, RN, 0, t - 1, b) : start.read_weights,
                 at(s, trail.read_weights, RN, 0, t, b),
                 t ? at(s, trail.write_weights, WN, 0, t - 1, b) : start.write_weights,
@@ -282,10 +284,11 @@ struct SequenceBackwardPass : ElementSizes {
             team.put(n, from, to + e * n);
             from = to + e * n;
         };
+        const bool last = is_last(e);
         // Two steps take turns: what this step left was fetched before, as what the next step found.
         auto fetch_both = [&](T* two, Index n, const T*& found, const T*& left) NTM_INLINE {
             T* place = two + (t + 1) % 2 * tile * n;
-            if (t + 1 == order.length(first + e)) fetch(place, left, n);
+            if (last) fetch(place, left, n);
             left = place + e * n;
             fetch(two + t % 2 * tile * n, found, n);
         };
@@ -297,7 +300,7 @@ struct SequenceBackwardPass : ElementSizes {
 
     // The memory steps of all elements.
     NTM_FN void through_steps() {
-        crew.elements(E, [&](const auto& team, Index e, Index slot) NTM_INLINE {
+        crew.elements(taking(), [&](const auto& team, Index e, Index slot) NTM_INLINE {
             const Frame& f = frame();
             Record r = record_of(e);
             fetch_earlier_record(team, r, e);
@@ -328,19 +331,19 @@ struct SequenceBackwardPass : ElementSizes {
         } else {
             Norms<T> norms = {f.norms + e * s.step.N, e < normed};
             step(&norms);
-            if (e + 1 == E) normed = norms.known ? E : 0;
+            if (e + 1 == taking()) normed = norms.known ? e + 1 : 0;
         }
     }
 
     NTM_FN void multiply_heads() const {
         const Frame& f = frame();
-        crew.product(E, P, H, dparams_of(f), w.heads, f.dhidden);
+        crew.product(taking(), P, H, dparams_of(f), w.heads, f.dhidden);
     }
 
     // Back through a layer's gates; sets to 0 what its products will be added to.
     NTM_FN void through_gates(Index l) const {
         const Index K = s.fed(l);
-        crew.elements(E, [&](const auto& team, Index e, Index) NTM_INLINE {
+        crew.elements(taking(), [&](const auto& team, Index e, Index) NTM_INLINE {
             const Frame& f = frame();
             T *dhidden = dhidden_of(f, l) + e * H, *from_after = f.grad.hidden_of(s, l) + e * H;
             team.tiles(H, [&](auto tile) NTM_INLINE {
@@ -385,15 +388,15 @@ struct SequenceBackwardPass : ElementSizes {
     // The inputs' gradient, from that of the first layer's gates.
     NTM_FN void through_inputs() const {
         T* rows = at(s, grad_inputs, s.I, 0, t, first);
-        crew.elements(E, [&](const auto& team, Index e, Index) NTM_INLINE { clear(team, s.I, rows + e * s.I); });
-        crew.product(E, G, s.I, dx_of(frame(), 0), w.inputs, rows);
+        crew.elements(taking(), [&](const auto& team, Index e, Index) NTM_INLINE { clear(team, s.I, rows + e * s.I); });
+        crew.product(taking(), G, s.I, dx_of(frame(), 0), w.inputs, rows);
     }
 
     NTM_FN void multiply_layer(Index l) const {
         const LayerWeights<T, Weight>& layer = w.layers[l];
         const Frame& f = frame();
         each_product(s, [&](bool second) NTM_INLINE {
-            crew.product(E, G, second ? H : s.fed(l) + s.joined_hidden(), second ? dy_of(f, l) : dx_of(f, l),
+            crew.product(taking(), G, second ? H : s.fed(l) + s.joined_hidden(), second ? dy_of(f, l) : dx_of(f, l),
                          second ? layer.hidden : layer.fed,
                          second                ? f.grad.hidden_of(s, l)
                          : s.products() == 2 ? dfed_of(f, l)
@@ -404,7 +407,7 @@ struct SequenceBackwardPass : ElementSizes {
     // Takes a layer's gradients to where they belong.
     NTM_FN void hand_on(Index l) const {
         const Index K = s.fed(l);
-        crew.elements(E, [&](const auto& team, Index e, Index) NTM_INLINE {
+        crew.elements(taking(), [&](const auto& team, Index e, Index) NTM_INLINE {
             const Frame& f = frame();
             team.put(G, dx_of(f, l) + e * G, dx_out(l) + e * G);
             if (s.products() == 2) {
