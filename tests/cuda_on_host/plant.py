@@ -91,8 +91,8 @@ SITES = [
     ),
     (
         "core/sequence/layout.h",
-        "return lengths ? lengths[B + p] : p; }",
-        'return lengths && !PLANTED("states in the order of lengths") ? lengths[B + p] : p; }',
+        "return lengths ? lengths[s.B + p] : p; }",
+        'return lengths && !PLANTED("states in the order of lengths") ? lengths[s.B + p] : p; }',
     ),
     (
         "core/sequence/backward.h",
