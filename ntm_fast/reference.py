@@ -423,6 +423,9 @@ def ntm_sequence(
     return output_layer(features, output_weight, output_bias, lengths), *final
 
 
+_INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+
+
 def check_lengths(lengths: Any, steps: int, batch: int, device: torch.device) -> Tensor | None:
     """Lengths as a tensor (B,) on the device; None where all sequences take all steps.
 
@@ -434,22 +437,32 @@ def check_lengths(lengths: Any, steps: int, batch: int, device: torch.device) ->
     if lengths is None:
         return None
     expected = f"expected {batch} integers from 0 to {steps}, one for each sequence"
-    if not isinstance(lengths, Tensor):
-        whole = isinstance(lengths, Sequence) and not isinstance(lengths, str)
+    values: Sequence[int] | None = None  # where they are known
+    if isinstance(lengths, Tensor):
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype not in _INTEGERS:
+            raise TypeError(f"lengths: got dtype {lengths.dtype}, {expected}")
+        if lengths.layout is not torch.strided or lengths.is_nested or lengths.is_meta and device.type != "meta":
+            raise TypeError(f"lengths: got a tensor without numbers in a row ({lengths.layout}, {lengths.device})")
+        if lengths.shape != (batch,):
+            raise ValueError(f"lengths: got shape {tuple(lengths.shape)}, {expected}")
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
+        if type(lengths) is Tensor and lengths.is_cpu and not torch.compiler.is_compiling() and not wrapped(lengths):
+            values = lengths.tolist()
+    else:
+        whole = isinstance(lengths, (list, tuple))
         if not whole or not all(isinstance(n, int) and not isinstance(n, bool) for n in lengths):
             raise TypeError(f"lengths: got {lengths!r}, {expected}")
-        lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
-        raise TypeError(f"lengths: got dtype {lengths.dtype}, {expected}")
-    if lengths.shape != (batch,):
-        raise ValueError(f"lengths: got shape {tuple(lengths.shape)}, {expected}")
-    if lengths.is_cpu and not torch.compiler.is_compiling():
-        values = lengths.tolist()
+        if len(lengths) != batch:
+            raise ValueError(f"lengths: got shape ({len(lengths)},), {expected}")
+        values = lengths
+    if values is not None:
         for index, value in enumerate(values):
             if not 0 <= value <= steps:
                 raise ValueError(f"lengths: got {value} for sequence {index}, {expected}")
-        if all(value == steps for value in values):
+        if all(value == steps for value in values) and not torch.compiler.is_compiling():
             return None
+    if not isinstance(lengths, Tensor):
+        lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     return lengths.to(device, torch.int64, non_blocking=True).clamp(0, steps)
 
 

@@ -38,8 +38,8 @@ def run(
     ``records`` collects what a trace shows, step by step: as in :func:`reference.unroll`. ``called``: only the step
     engine and the reference serve; of the parts that are called ``x`` needs no weights.
     """
-    dtype = x.inputs.dtype
-    if dtype in LOW_PRECISION and choice.engine != "reference":
+    dtype = x.inputs.dtype if called else x.heads_weight.dtype
+    if dtype in LOW_PRECISION and choice.engine != "reference" and not called:
         # Computed in float32, and rounded at the door.
         wide = SequenceTensors.unflatten(in_float32(x.flatten()), options.controller, x.lengths)
         outputs, final = run(choice, wide, options, records)

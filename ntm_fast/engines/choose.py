@@ -8,7 +8,7 @@ import torch
 
 from .. import native, ops
 from ..ops.sequence import why_no_sequence
-from ..ops.serving import LOW_PRECISION, why_not_native
+from ..ops.serving import LOW_PRECISION, why_not_eps, why_not_native
 from ..spec import NTMConfig
 from . import step
 
@@ -58,6 +58,8 @@ def _why_not(
     """Why this engine is not taken; None when it is."""
     if config.engine not in ("auto", engine):
         return f"engine={config.engine!r} was asked for"
+    if reason := why_not_eps(config.eps, dtype):
+        return reason
     if engine == "step":
         return why_not_native(device, dtype, "memory_step")
     if called:

@@ -65,7 +65,7 @@ def check_tensors(
     """That they have these shapes, and dtype and device of ``weight``; ``name`` is asked for in errors. Under autocast
     dtypes may differ: where that cannot be, the engine says so."""
     key = None
-    if not torch.compiler.is_compiling():
+    if weight.is_cpu and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
         found = native.layouts(tuple(tensors))
         key = (found[0], tuple(shapes), weight.dtype) if found else None
         if key in _fitting:

@@ -16,15 +16,18 @@ POOLED = 1 << 15  # about so many numbers: from here malloc asks the system
 Layout = tuple[int | None, bytes]  # the CPU's part in use, and the layouts of tensors, to compare
 
 
-def empty(like: torch.Tensor, shapes: tuple[tuple[int, ...], ...]) -> list[torch.Tensor]:
+def empty(
+    like: torch.Tensor, shapes: tuple[tuple[int, ...], ...], returned: bool = False
+) -> list[torch.Tensor]:
     """Uninitialised tensors of the device and dtype of ``like``; on the CPU in one call, and large ones from the pool.
+    ``returned``: small ones are torch's own, because a user may resize what he gets.
 
     A training step takes some forty tensors, each of which torch makes in 1.5 us. Without the pool it would also get
     their memory from the system anew, at a page fault every 4 KB (csrc/pool.h).
     """
     pools = like.is_cpu and type(like) is torch.Tensor and parts.available("cpu")
     is_double = like.dtype is torch.float64
-    if pools:
+    if pools and not returned:
         made = build.extension().empty_as(_contiguous(shapes, is_double), POOLED)
         if made is not None:
             return made[0]

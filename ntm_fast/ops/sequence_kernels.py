@@ -39,9 +39,9 @@ def weights_of(x: SequenceTensors) -> list[Tensor]:
 
 def allocate(p: Plan, inputs: Tensor, keep: bool) -> tuple[Tensor, NTMState, Trail | None]:
     """The outputs, the final state in the native layout and the trail, uninitialised; no trail unless it is kept."""
-    made = native.empty(inputs, ((p.T, p.B, p.O), *p.final, *(p.trail.values() if keep else ())))
-    end = 1 + len(p.final)
-    return made[0], NTMState.unflatten(made[1:end]), Trail(*made[end:]) if keep else None
+    outputs, *final = native.empty(inputs, ((p.T, p.B, p.O), *p.final), returned=True)
+    trail = Trail(*native.empty(inputs, tuple(p.trail.values()))) if keep else None
+    return outputs, NTMState.unflatten(final), trail
 
 
 def call_forward(
@@ -170,7 +170,8 @@ def backward(
     grad_outputs = grad_outputs.contiguous()
     weights = weights_of(x)
     shapes = [p.trail[name] for name in _Grads._fields]
-    *of_state, grad_params = native.empty(x.inputs, (*p.final, shapes.pop()))
+    (grad_params,) = native.empty(x.inputs, (shapes.pop(),))
+    of_state = native.empty(x.inputs, p.final, returned=not p.shared)
     # A step's gates are not needed once their gradients are known: these may overwrite them.
     grad_x, grad_upper_x, grad_y = trail[:3] if spend else native.empty(x.inputs, tuple(shapes))
     grad, left = NTMState.unflatten(of_state), _Grads(grad_x, grad_upper_x, grad_y, grad_params)
@@ -205,7 +206,7 @@ def _call_backward(
     initial, final_memory = native_state(x.initial), final_memory.mT.contiguous()
     of_inputs = None
     if needs_inputs and p.takes_ends:
-        (of_inputs,) = native.empty(x.inputs, ((p.T, p.B, p.I),))
+        (of_inputs,) = native.empty(x.inputs, ((p.T, p.B, p.I),), returned=True)
     native_grad_final = native_state(grad_final) if grad_final else None
     grad_features = grad_outputs if p.takes_ends else grad_outputs.view(-1, p.O) @ weights[-2]
     places = table(weights)
@@ -245,7 +246,7 @@ def _weight_gradients(
     shapes: list[tuple[int, ...]] = [weight.shape for weight in weights]
     if p.shared:
         shapes += [p.final[0][1:], *[tensor.shape for tensor in fed.initial.flatten()[1:]]]
-    made = native.empty(inputs, tuple(shapes))
+    made = native.empty(inputs, tuple(shapes), returned=True)
     grads = made[: len(weights)]
     places = table(grads)
     if p.shared:

@@ -40,6 +40,16 @@ def left_alone(tensors: Iterable[Tensor] = ()) -> bool:
 
 
 LOW_PRECISION = torch.float16, torch.bfloat16
+# Below these the native code, which takes subnormal numbers for 0, would find a norm of 0: eps enters squared.
+SMALLEST_EPS = {torch.float32: 1e-18, torch.float64: 1e-153}
+
+
+def why_not_eps(eps: Any, dtype: torch.dtype) -> str | None:
+    """Why the native code does not serve with this ``eps``; None where it does, or where its value is a symbol."""
+    least = SMALLEST_EPS.get(dtype)
+    if least is None or not isinstance(eps, float) or eps >= least:
+        return None
+    return f"eps = {eps} is below {least}, so that its square is no normal number of {dtype}"
 
 
 def in_float32(tensors: Sequence[Any]) -> tuple[Any, ...]:
@@ -60,7 +70,8 @@ def call(
         with torch.autocast(first.device.type, enabled=False):
             return call(contract, served, in_float32(tensors), options, why_not)
     check(contract, tensors, options)
-    if why_not_native(first.device, first.dtype, contract.name) is not None or why_not() is not None:
+    unserved = why_not_native(first.device, first.dtype, contract.name) is not None or why_not() is not None
+    if unserved or why_not_eps(options.get("eps"), first.dtype) is not None:
         native.warn_once(first.device.type)
         return served.twin(*tensors, **options)
     return serve(served, tensors, options)

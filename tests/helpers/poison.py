@@ -78,5 +78,6 @@ def poisoned_operators() -> Iterator[Poison]:
 def poison_sequences(monkeypatch) -> Poison:
     """From now on, what the sequence engine allocates is poisoned."""
     poison = Poison()
-    monkeypatch.setattr(native, "empty", lambda like, shapes: [poison.fresh(like, shape) for shape in shapes])
+    poisoned = lambda like, shapes, returned=False: [poison.fresh(like, shape) for shape in shapes]  # noqa: E731
+    monkeypatch.setattr(native, "empty", poisoned)
     return poison

@@ -10,7 +10,7 @@ from helpers.cases import OTHER_OPTIONS
 from helpers.machines import CLOSE, ENGINE_CONTROLLERS, SIZES, flat, make, skip_without_sequence, some
 from torch import Tensor, nn
 
-from ntm_fast import FastNTM, NTMCell, NTMState
+from ntm_fast import FastNTM, NTMCell, NTMState, ops
 from ntm_fast.spec import NTMConfig
 
 pytestmark = pytest.mark.usefixtures("made_on_the_backend")
@@ -220,3 +220,38 @@ def test_a_failed_call_changes_nothing() -> None:
     ntm(some(2, 2, 3), state)
     assert all(torch.equal(x, before[n]) for n, x in ntm.state_dict().items())
     assert all(map(torch.equal, flat(state), kept))
+
+
+def test_what_passed_under_autocast_has_not_passed_outside() -> None:
+    ntm = make(engine="auto", dtype=torch.float32)
+    inputs, state = some(2, 2, 3, dtype=torch.float32), ntm.initial_state(2).detach().to(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError):
+        ntm(inputs, state)
+    with pytest.raises(ValueError, match="state.memory: got torch.float64"):
+        ntm(inputs, state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, final = ntm(inputs.bfloat16())
+    assert all(x.dtype is torch.float32 for x in flat(final))
+
+
+def test_what_is_returned_can_be_resized() -> None:
+    ntm = make(engine="auto", dtype=torch.float32)
+    inputs = some(2, 2, 3, dtype=torch.float32).requires_grad_()
+    outputs, final = ntm(inputs)
+    outputs.sum().backward()
+    for x in (outputs.detach(), final.reads.detach(), inputs.grad, ntm.heads.weight.grad, ntm.initial_reads.grad):
+        x.resize_(50, 50)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("engine", ("auto", "reference"))
+def test_a_tiny_eps_gives_no_nan(engine: str, dtype: torch.dtype) -> None:
+    """Its square would be 0 in the native code: the reference serves."""
+    for eps in (1e-19, 1e-23, 1e-160, 1e-300):
+        ntm = make(engine=engine, dtype=dtype, eps=eps, memory_init="constant")
+        ntm.initial_memory.zero_()
+        outputs, _ = ntm(some(3, 2, 3, dtype=dtype))
+        assert outputs.isfinite().all()
+        zeros = torch.zeros(1, 3, 2, dtype=dtype)
+        found = ops.content_addressing(zeros, zeros[:, :1], zeros[:, :1, 0] + 1, eps=eps)
+        torch.testing.assert_close(found, torch.full_like(found, 1 / 3))

@@ -129,7 +129,7 @@ def test_under_torch_checkpoint(backend: Backend) -> None:
 def test_opcheck(backend: Backend, monkeypatch, change: dict, shared: bool) -> None:
     """torch.library.opcheck on the operator and on its backward: schema, fake and functionalisation."""
     if "lengths" in change:  # of steps that are not taken the trail keeps what its memory held, which opcheck compares
-        monkeypatch.setattr(native, "empty", lambda like, shapes: [like.new_zeros(shape) for shape in shapes])
+        monkeypatch.setattr(native, "empty", lambda like, shapes, returned=False: [like.new_zeros(x) for x in shapes])
     case = Case(**{**dict(T=3, B=2, hidden=4, N=5, M=3, R=2), **change}, dtype=torch.float32)
     values, options = arguments(case, shared)
     options |= {"eps": 1e-8, "memory_checkpoint": 0 if case.checkpoint == "auto" else case.checkpoint}
