@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import CONTROLLERS, EPS, NTMState, by_layer, params_size
+from .spec import CONTROLLERS, EPS, NTMState, by_layer, layers_in_row, layers_stacked, params_size
 
 __all__ = [
     "CONTROLLERS",
@@ -282,8 +282,8 @@ def _module_step(
     controller: Callable[..., Any], count: int, x: Tensor, states: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """The same by a module, whose state has ``count`` tensors (L, B, H)."""
-    hidden, state = controller(x, tuple(torch.stack(states[i::count]) for i in range(count)))
-    return hidden, [tensor[layer] for layer in range(len(states) // count if count else 0) for tensor in state]
+    hidden, state = controller(x, layers_stacked(states, count))
+    return hidden, layers_in_row(state)
 
 
 def _unless(over: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
@@ -321,7 +321,7 @@ def unroll(
         step = controller_step(kernels, controller, weights)
     else:
         step = functools.partial(_module_step, call_controller, len(state))
-    states = [tensor[layer] for layer in range(len(state[0]) if state else 0) for tensor in state]
+    states = layers_in_row(state)
     features: list[Tensor] = []
     over = None if lengths is None else ended(lengths, len(inputs))
     inputs = without_ended(inputs, lengths)  # what is not looked at may be NaN
@@ -340,8 +340,7 @@ def unroll(
     width = hidden.shape[1] + reads.shape[1] * reads.shape[2]
     stacked = torch.cat(features, 1).view(inputs.shape[1], inputs.shape[0], width).transpose(0, 1)
     stacked = without_ended(stacked, lengths)
-    final = tuple(torch.stack(states[i :: len(state)]) for i in range(len(state)))
-    return stacked, memory, read_weights, write_weights, reads, final
+    return stacked, memory, read_weights, write_weights, reads, layers_stacked(states, len(state))
 
 
 def ntm_sequence(
@@ -429,8 +428,8 @@ _INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, tor
 def check_lengths(lengths: Any, steps: int, batch: int, device: torch.device) -> Tensor | None:
     """Lengths as a tensor (B,) on the device; None where all sequences take all steps.
 
-    ``lengths``: integers 0..T, one for each sequence, a tensor on any device or a list. On a device they are not
-    checked, which would wait for it: those beyond 0..T are taken as 0 or T.
+    ``lengths``: integers 0..T, one for each sequence, a tensor on any device or a list. Those on a GPU are not checked,
+    because that would wait for the GPU: below 0 is taken as 0, above T as T.
 
     Raises TypeError or ValueError where they are something else.
     """
@@ -439,10 +438,11 @@ def check_lengths(lengths: Any, steps: int, batch: int, device: torch.device) ->
     expected = f"expected {batch} integers from 0 to {steps}, one for each sequence"
     values: Sequence[int] | None = None  # where they are known
     if isinstance(lengths, Tensor):
-        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype not in _INTEGERS:
+        if lengths.dtype not in _INTEGERS:
             raise TypeError(f"lengths: got dtype {lengths.dtype}, {expected}")
         if lengths.layout is not torch.strided or lengths.is_nested or lengths.is_meta and device.type != "meta":
-            raise TypeError(f"lengths: got a tensor without numbers in a row ({lengths.layout}, {lengths.device})")
+            found = f"a tensor without numbers in a row ({lengths.layout}, {lengths.device})"
+            raise TypeError(f"lengths: got {found}, {expected}")
         if lengths.shape != (batch,):
             raise ValueError(f"lengths: got shape {tuple(lengths.shape)}, {expected}")
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -478,4 +478,7 @@ def output_layer(features: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor
 
 def without_ended(x: Tensor, lengths: Tensor | None) -> Tensor:
     """x (T, B, ...), with 0 at steps that a sequence does not take."""
-    return x if lengths is None else x.masked_fill(ended(lengths, len(x)).unsqueeze(-1), 0)
+    if lengths is None:
+        return x
+    over = ended(lengths, len(x))
+    return x.masked_fill(over.view(*over.shape, *[1] * (x.dim() - 2)), 0)

@@ -170,6 +170,16 @@ def by_layer(weights: Sequence[Tensor], count: int) -> list[tuple[Tensor, ...]]:
     return [tuple(weights[start : start + count]) for start in range(0, len(weights), count)]
 
 
+def layers_in_row(state: Sequence[Tensor]) -> list[Tensor]:
+    """A controller's state, each (L, B, H), as the tensors (B, H) of one layer after the other."""
+    return [tensor[layer] for layer in range(len(state[0]) if state else 0) for tensor in state]
+
+
+def layers_stacked(row: list[Tensor], count: int) -> tuple[Tensor, ...]:
+    """The reverse of :func:`layers_in_row`, for a state of ``count`` tensors."""
+    return tuple([torch.stack(row[index::count]) for index in range(count)])
+
+
 def params_size(read_heads: int, write_heads: int, memory_width: int, shift_range: int) -> int:
     """P, the number of raw head parameters of one element: (R + W)(M + 2S + 4) + 2WM."""
     return (read_heads + write_heads) * (memory_width + 2 * shift_range + 4) + 2 * write_heads * memory_width

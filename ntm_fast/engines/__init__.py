@@ -7,7 +7,7 @@ from typing import Any, Callable, NamedTuple
 
 from torch import Tensor
 
-from .. import ops, reference
+from .. import reference
 from ..ops.serving import LOW_PRECISION, in_float32
 from ..spec import NTMState, SequenceOptions, SequenceTensors
 from . import sequence, step
@@ -38,9 +38,9 @@ def run(
     ``records`` collects what a trace shows, step by step: as in :func:`reference.unroll`. ``called``: only the step
     engine and the reference serve; of the parts that are called ``x`` needs no weights.
     """
-    dtype = x.inputs.dtype if called else x.heads_weight.dtype
-    if dtype in LOW_PRECISION and choice.engine != "reference" and not called:
+    if not called and choice.engine != "reference" and x.heads_weight.dtype in LOW_PRECISION:
         # Computed in float32, and rounded at the door.
+        dtype = x.heads_weight.dtype
         wide = SequenceTensors.unflatten(in_float32(x.flatten()), options.controller, x.lengths)
         outputs, final = run(choice, wide, options, records)
         if records is not None:
@@ -51,13 +51,12 @@ def run(
     weight, bias = x.output_weight, x.output_bias
     without = x._replace(output_weight=None, output_bias=None)
     calls = {"call_controller": called.controller, "call_heads": called.heads} if called else {}
-    if choice.engine == "reference" or any(calls.values()):
-        kernels = reference if choice.engine == "reference" else ops
+    if choice.engine == "reference":
         own = {**options.keywords(), "records": records, "lengths": x.lengths, **calls}
-        features, *state = reference.unroll(kernels, *without.arguments(), **own)
+        features, *state = reference.unroll(reference, *without.arguments(), **own)
         final = NTMState(*state)
     else:
-        features, final = step.run(without, options, records)
+        features, final = step.run(without, options, records, calls)
     if called and called.output is not None:
         return reference.without_ended(called.output(features), x.lengths), final
     assert weight is not None and bias is not None

@@ -376,14 +376,17 @@ def in_one_node(device_type: str) -> bool:
     return not (torch.compiler.is_compiling() or transforming() or torch.is_autocast_enabled(device_type))
 
 
-def run(x: SequenceTensors, options: SequenceOptions, records: list | None = None) -> tuple[Tensor, NTMState]:
+def run(
+    x: SequenceTensors, options: SequenceOptions, records: list | None = None, calls: dict[str, Any] | None = None
+) -> tuple[Tensor, NTMState]:
     """The features (T, B, H + R M) and the final state. ``x`` has been checked, and has no output layer.
 
-    ``records``: as in :func:`reference.unroll`.
+    ``records``: as in :func:`reference.unroll`. ``calls``: its ``call_controller`` and ``call_heads``.
     """
     whole = options.controller in _LAYERS and in_one_node(x.inputs.device.type) and x.lengths is None
-    if records is not None or x.inputs.shape[1] == 0 or not whole:
-        own = {**options.keywords(), "records": records, "lengths": x.lengths}
+    calls = calls or {}
+    if records is not None or x.inputs.shape[1] == 0 or not whole or any(calls.values()):
+        own = {**options.keywords(), "records": records, "lengths": x.lengths, **calls}
         features, *final = reference.unroll(ops, *x.arguments(), **own)
         return features, NTMState(*final)
     row = x.flatten()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, reference
-from ..spec import CONTROLLERS
+from ..spec import CONTROLLERS, layers_in_row, layers_stacked
 
 
 def parameters(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
@@ -74,10 +74,9 @@ class Controller(nn.Module):
 
         The engines compute the same from the weights. They call this where hooks or a subclass must see the call.
         """
-        count = len(state)
         step = reference.controller_step(ops, self.kind, self.weights())
-        hidden, new = step(x, [tensor[layer] for layer in range(self.num_layers) for tensor in state])
-        return hidden, tuple(torch.stack(new[index::count]) for index in range(count))
+        hidden, new = step(x, layers_in_row(state))
+        return hidden, layers_stacked(new, len(state))
 
     def extra_repr(self) -> str:
         return f"{self.kind!r}, {self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"

@@ -119,9 +119,9 @@ class _NTM(nn.Module):
         of parts that are called."""
         modules = self._modules  # past the search of nn.Module, as parameters are
         none: Any = [None, None]
-        controller = [] if called and "controller" in called else modules["controller"].weights()  # type: ignore
-        heads = none if called and "heads" in called else _linear(modules["heads"])  # type: ignore
-        output = none if called and "output" in called else _linear(modules["output"])  # type: ignore
+        controller = [] if "controller" in called else modules["controller"].weights()  # type: ignore
+        heads = none if "heads" in called else _linear(modules["heads"])  # type: ignore
+        output = none if "output" in called else _linear(modules["output"])  # type: ignore
         return [*controller, *heads, *output]
 
     def _check_weights(self, weights: list[Tensor], weight: Tensor) -> None:
@@ -399,10 +399,7 @@ class FastNTM(_NTM):
         if inputs.dim() == 2:
             return outputs, NTMTrace(*(t.squeeze(1) for t in trace))
         lengths = reference.check_lengths(lengths, params.shape[0], params.shape[1], params.device)
-        if lengths is not None:
-            over = reference.ended(lengths, len(params))
-            trace = NTMTrace(*(t.masked_fill(over.view(*over.shape, *[1] * (t.dim() - 2)), 0) for t in trace))
-        return outputs, trace
+        return outputs, NTMTrace(*(reference.without_ended(t, lengths) for t in trace))
 
     def _enter(self, inputs: Tensor, weight: Tensor) -> tuple[Tensor, bool]:
         """Check inputs and shape them (T, B, I); whether they are batched."""

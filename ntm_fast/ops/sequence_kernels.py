@@ -69,13 +69,10 @@ class Order(NamedTuple):
     native: Tensor  # (2, B), int32: the first two
 
     def sort(self, tensor: Tensor, clear: bool) -> Tensor:
-        """A tensor (T, B, ...) of the batch in this order. ``clear``: where what multiplies it takes all steps."""
+        """A tensor (T, B, ...) of the batch in this order. ``clear``: with 0 at the steps that a sequence does not
+        take, for products over all steps."""
         tensor = tensor.index_select(1, self.numbers)
-        return self.clear(tensor) if clear else tensor
-
-    def clear(self, tensor: Tensor) -> Tensor:
-        """Set a tensor (T, B, ...) in this order to 0 at the steps that a sequence does not take."""
-        return tensor.masked_fill_(reference.ended(self.lengths, len(tensor)).unsqueeze(-1), 0)
+        return reference.without_ended(tensor, self.lengths) if clear else tensor
 
     def unsort(self, tensor: Tensor) -> Tensor:
         """A tensor (T, B, ...) in this order as one of the batch."""
@@ -121,8 +118,7 @@ def forward(x: SequenceTensors, options: SequenceOptions, keep: bool) -> tuple[T
     call_forward(p.scalars("ntm_sequence"), inputs, places, _address(order), *ends, *states, kept)
     if not p.takes_ends:
         torch.addmm(weights[-1], features.flatten(0, 1), weights[-2].t(), out=outputs.view(-1, p.O))
-        if order:
-            order.clear(outputs)
+        outputs = reference.without_ended(outputs, order.lengths if order else None)
     if order:
         outputs = order.unsort(outputs)
     return outputs, final._replace(memory=final.memory.mT), trail
